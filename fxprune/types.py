@@ -77,6 +77,8 @@ class ChannelGroup:
     nodes     graph nodes whose output carries the channels
     classes   n integer arrays: the channel classes that go with each channel
     locked    None, or the reason why no channel may go
+    overlaps  names of groups that govern some of the same parameter positions (attention heads and
+              the dims of each head); a position is kept when all of its groups keep it
     """
 
     name: str
@@ -87,6 +89,7 @@ class ChannelGroup:
     nodes: tuple[str, ...]
     classes: tuple[IntArray, ...]
     locked: str | None = None
+    overlaps: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
