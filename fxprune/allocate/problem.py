@@ -1,0 +1,108 @@
+"""What an allocator is given: scores, exact costs and a budget.
+
+Legend for shapes: G groups, P plans, n channels of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from fxprune.errors import BudgetError, InputError
+from fxprune.types import Budget, ChannelGroup, FloatArray, IntArray, PrunePlan
+
+MEASURES = ("macs", "params", "bytes")
+
+
+class CostArrays(Protocol):
+    """Costs of P plans, each int64 [P]."""
+
+    @property
+    def macs(self) -> IntArray: ...
+    @property
+    def params(self) -> IntArray: ...
+    @property
+    def bytes(self) -> IntArray: ...
+
+
+class CostModel(Protocol):
+    """Exact cost of kept counts; never decreases when a count grows."""
+
+    def evaluate(self, counts: IntArray, /) -> CostArrays:
+        """``counts`` [P, G]: kept channels of each row of each group."""
+        ...
+
+
+class Prunable(Protocol):
+    """The part of a traced model that allocation needs."""
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]: ...
+    @property
+    def costs(self) -> CostModel: ...
+    @property
+    def graph_module(self) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """How many channels may each group keep, and which?
+
+    traced            groups and exact costs
+    scores            [n] for each group that is not locked; higher = keep
+    budget            upper bounds, shares of the original
+    round_to          granularity of kept counts (``ChannelGroup.choices``)
+    fitness           of a plan, lower is better; None where only scores can guide the choice.
+                      A pure function; it is called from the executor's workers
+    progress          show a bar on stderr
+    max_evaluations   how often ``fitness`` may be called
+    executor          evaluates several plans at once; the result does not depend on it
+    """
+
+    traced: Prunable
+    scores: Mapping[str, FloatArray]
+    budget: Budget
+    round_to: int = 8
+    seed: int = 0
+    fitness: Callable[[PrunePlan], float] | None = None
+    progress: bool = False
+    max_evaluations: int = 60
+    executor: Executor | None = None
+
+    def __post_init__(self) -> None:
+        bounds(self.budget)
+        if self.round_to < 1:
+            raise InputError(f"round_to must be at least 1, got {self.round_to}")
+        if self.max_evaluations < 1:
+            raise InputError(f"max_evaluations must be at least 1, got {self.max_evaluations}")
+
+
+class Allocator(Protocol):
+    """Turns a problem into a plan whose cost is never above the budget."""
+
+    def __call__(self, problem: AllocationProblem, /) -> PrunePlan: ...
+
+
+def bounds(budget: Budget) -> dict[str, float]:
+    """The measures that the budget bounds, with their shares.
+
+    Raises BudgetError for a budget that bounds nothing, or a share outside (0, 1].
+    """
+    shares = {m: getattr(budget, m) for m in MEASURES if getattr(budget, m) is not None}
+    if not shares:
+        raise BudgetError(
+            f"the budget bounds nothing; give a share in (0, 1] for one of {', '.join(MEASURES)}"
+        )
+    for measure, share in shares.items():
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not number or not math.isfinite(share) or not 0 < share <= 1:
+            raise BudgetError(
+                f"budget {measure}={share!r} is not a share of the original in (0, 1]; "
+                f"for example {measure}=0.5 keeps at most half"
+            )
+    return {m: float(s) for m, s in shares.items()}

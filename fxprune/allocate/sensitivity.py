@@ -1,0 +1,97 @@
+"""What a cut is expected to cost: an additive model, corrected by every evaluation.
+
+The loss of a state is the loss of the uncut model plus one term for each group,
+
+    loss(x) = loss(top) + sum_f weight_f * shape_f(x_f),   shape_f = -log(share of the score kept).
+
+The shape comes from the criterion and rises without bound as a group is emptied; the weights are
+what evaluations teach (ridge regression towards one common weight). The model only orders
+neighbours and proposes a start; no state is accepted without being evaluated.
+
+Legend for shapes: F free groups, S steps of the group that has the most, P states, E evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fxprune.allocate.space import Space
+from fxprune.allocate.spend import falling, spend
+from fxprune.types import FloatArray, IntArray
+
+LEAST_SHARE = 1e-6  # kept share of the score below which the loss does not grow any more
+RIDGE = 0.1  # pull of each weight to the common one, in units of the mean squared shape
+LEAST_WEIGHT = 0.02  # no group is taken for cheaper than this share of the common weight
+
+
+class Sensitivity:
+    """The additive model of one search space.
+
+    whole   fitness of the uncut model; NaN until it is known
+    weight  [F], of each group's shape; all 1 until something is learnt
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.shape = -np.log(np.maximum(space.gain, LEAST_SHARE))
+        self.weight = np.ones(len(space.free))
+        self.whole = np.nan
+        self._seen: dict[tuple[int, ...], float] = {}
+
+    def predict(self, states: IntArray) -> FloatArray:
+        """[P, F] states -> [P] expected loss above that of the uncut model."""
+        return np.asarray(self._features(states) @ self.weight)
+
+    def _features(self, states: IntArray) -> FloatArray:
+        return np.asarray(self.shape[np.arange(len(self.weight)), states])
+
+    def learn(self, results: Sequence[tuple[IntArray, float]]) -> None:
+        """Correct the weights by evaluations (state [F], fitness), once ``whole`` is known.
+
+        Losses are fitted relative to their size, so that the small loss of a cut in one group
+        counts as much as the large one of a cut in all. Values that are not finite teach nothing.
+        """
+        self._seen.update({tuple(s.tolist()): v for s, v in results if np.isfinite(v)})
+        if not np.isfinite(self.whole) or not self._seen:
+            return
+        x = self._features(np.array(list(self._seen), dtype=np.int64))
+        y = np.maximum(0.0, np.array(list(self._seen.values())) - self.whole)
+        cut = x.any(axis=1)
+        x, y = x[cut], y[cut]
+        if not y.any():
+            return
+        scale = y + max(0.1 * float(np.median(y)), 1e-9 * float(y.max()))
+        x, y = x / scale[:, None], y / scale
+        total = x.sum(axis=1)
+        common = float(total @ y) / float(total @ total)
+        gram = x.T @ x
+        pull = RIDGE * float(np.trace(gram)) / len(gram)
+        weight = common + np.linalg.solve(
+            gram + pull * np.eye(len(gram)), x.T @ (y - common * total)
+        )
+        self.weight = np.maximum(weight, LEAST_WEIGHT * common)
+
+    def keys(self, at: IntArray) -> FloatArray:
+        """[F, S - 1]: expected loss that a step avoids, for each share of the budget it takes.
+
+        A step's cost is that of one channel more in its group at the state ``at`` [F].
+        """
+        steps = np.arange(len(at))
+        up = np.repeat(at[None], len(at), axis=0)
+        down = up.copy()
+        up[steps, steps] = np.minimum(at + 1, self.space.top)
+        down[steps, steps] = np.maximum(at - 1, 0)
+        channels = self.space.table[steps, up[steps, steps]]
+        channels = channels - self.space.table[steps, down[steps, steps]]
+        price = (self.space.load(up) - self.space.load(down)) / np.maximum(channels, 1)
+        price = np.maximum(price, 1e-9 * max(float(price.max(initial=0.0)), 1e-9))
+        avoided = -np.diff(self.shape, axis=1) * self.weight[:, None]
+        added = np.maximum(np.diff(self.space.table, axis=1), 1)
+        return falling(avoided / (added * price[:, None]))
+
+    def proposal(self, at: IntArray) -> IntArray:
+        """The state [F] that the model expects to be best, with prices taken at ``at`` [F]."""
+        state = spend(self.space, self.keys(at))
+        return spend(self.space, self.keys(state))
