@@ -1,0 +1,211 @@
+"""Channel labels: integers that follow the channels of every tensor through a running model.
+
+A *field* is an integer array with as many dims as its tensor; it has size 1 along every dim on
+which it does not vary (a convolution's output [N, C, H, W] has one field [1, C, 1, 1]). A tensor
+has a list of fields, none of which varies on a subset of the dims of another.
+
+What the ops say about labels is collected here and solved once, in ``groups``:
+
+union     two labels are one channel
+parent    (p, c): when p goes, c goes; when all children of p go, p goes. p is a whole row (an
+          attention head, a convolution group) or a whole column of a block of children
+rect      an array [R, D]: every row that stays keeps the same number of labels
+uniform   an array [R, D]: positions along D are addressed by number, so rows may not choose freely
+lock      the label stays, for a reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxprune.types import IntArray
+
+Fields = list[IntArray]
+
+
+def varying(f: IntArray) -> frozenset[int]:
+    """The dims along which a field varies."""
+    return frozenset(d for d, size in enumerate(f.shape) if size > 1)
+
+
+def align(f: IntArray, ndim: int) -> IntArray:
+    """Prepend dims of size 1, as broadcasting does."""
+    return f.reshape((1,) * (ndim - f.ndim) + f.shape)
+
+
+def rows_by(f: IntArray, dim: int) -> IntArray:
+    """[R, D]: D positions along ``dim``, R all the rest."""
+    return np.moveaxis(f, dim, -1).reshape(-1, f.shape[dim])
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One product for the cost model: multiply-adds = ``const`` times the width of each dim.
+
+    A dim is an array [P, Q] of labels: P positions along it, Q labels at each.
+    """
+
+    const: int
+    dims: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True)
+class ProductRecord:
+    """A product with a parameter, before classes are known; see ``types.Consumer``."""
+
+    key: str
+    node: str
+    kind: str
+    weight: str
+    bias: str | None
+    in_dim: int
+    groups: int
+    transposed: bool
+    inputs: IntArray | None
+
+
+@dataclass
+class Facts:
+    """Everything that one labelled run has said."""
+
+    count: int = 0
+    unions: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    parents: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    rects: list[IntArray] = field(default_factory=list)
+    uniforms: list[IntArray] = field(default_factory=list)
+    locks: list[tuple[IntArray, str]] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    products: list[ProductRecord] = field(default_factory=list)
+
+
+class Labels:
+    """The labels of all live tensors of one run, and the facts gathered so far."""
+
+    def __init__(self) -> None:
+        self.facts = Facts()
+        self.fields: Any = WeakTensorKeyDictionary()
+        self.where = ""
+        self.opaque = False
+
+    # -- facts --------------------------------------------------------------------------------
+
+    def new(self, n: int) -> IntArray:
+        """n fresh labels, [n]."""
+        start = self.facts.count
+        self.facts.count += n
+        return np.arange(start, start + n, dtype=np.int64)
+
+    def union(self, a: IntArray, b: IntArray) -> None:
+        """a and b broadcast against each other; labels at the same position become one."""
+        x, y = np.broadcast_arrays(a, b)
+        self.facts.unions.append((x.ravel(), y.ravel()))
+
+    def parent(self, p: IntArray, c: IntArray) -> None:
+        """p broadcasts to c; each label of p owns those of c at its positions."""
+        self.facts.parents.append((np.broadcast_to(p, c.shape).ravel(), c.ravel()))
+
+    def rect(self, f: IntArray, dim: int) -> None:
+        """Every row of ``f`` along ``dim`` keeps equally many labels."""
+        rows = rows_by(f, dim)
+        if rows.shape[0] > 1 and rows.shape[1] > 1:
+            self.facts.rects.append(rows)
+
+    def uniform(self, f: IntArray, dim: int) -> None:
+        """Positions of ``f`` along ``dim`` are addressed by number."""
+        rows = rows_by(f, dim)
+        if rows.shape[0] > 1 and rows.shape[1] > 1:
+            self.facts.uniforms.append(rows)
+
+    def lock(self, f: IntArray, reason: str) -> None:
+        self.facts.locks.append((np.unique(f), f"{reason} at {self.where}" if self.where else reason))
+
+    def lock_all(self, tensors: Iterable[Tensor], reason: str) -> None:
+        for t in tensors:
+            for f in self.of(t):
+                self.lock(f, reason)
+
+    # -- fields -------------------------------------------------------------------------------
+
+    def of(self, t: Tensor | None) -> Fields:
+        """The fields of a tensor; none when it carries no channels."""
+        return [] if t is None else self.fields.get(t, [])
+
+    def put(self, t: Tensor, fields: Fields) -> None:
+        """Give ``t`` its fields (those that do not vary are dropped)."""
+        kept = [f for f in fields if f.size > 1]
+        if kept:
+            self.fields[t] = kept
+
+    def parameter(self, t: Tensor) -> None:
+        """One fresh field for each dim of a parameter or buffer."""
+        fields: Fields = []
+        for d, size in enumerate(t.shape):
+            if size > 1:
+                fields.append(self.new(size).reshape([size if i == d else 1 for i in range(t.dim())]))
+        self.put(t, fields)
+
+    # -- relations between fields -------------------------------------------------------------
+
+    def merge(self, f: IntArray, dims: Iterable[int]) -> IntArray:
+        """Labels along ``dims`` become one; the field that is left has size 1 there."""
+        head = f[tuple(slice(0, 1) if d in set(dims) else slice(None) for d in range(f.ndim))]
+        self.union(head, f)
+        return head
+
+    def mix(self, f: IntArray, dims: Iterable[int], reason: str) -> IntArray | None:
+        """An op mixes all positions along ``dims``: merge them, or lock when nothing is left."""
+        mixed = varying(f) & frozenset(dims)
+        if not mixed:
+            return f
+        if mixed == varying(f):
+            self.lock(f, reason)
+            return None
+        for d in mixed:
+            self.rect(f, d)
+        return self.merge(f, mixed)
+
+    def relate(self, a: IntArray, b: IntArray) -> None:
+        """Two aligned fields meet position by position."""
+        va, vb = varying(a), varying(b)
+        if not va & vb:
+            return
+        if va == vb:
+            self.union(a, b)
+        elif va < vb:
+            self.parent(a, b)
+        elif vb < va:
+            self.parent(b, a)
+        else:
+            self.union(self.merge(a, va - vb), self.merge(b, vb - va))
+
+    def combine(self, fields: Sequence[IntArray]) -> Fields:
+        """Fields that meet in one tensor: the finest ones, after all have been related."""
+        finest: Fields = []
+        for f in sorted(fields, key=lambda g: -len(varying(g))):
+            touching = [g for g in finest if varying(f) & varying(g)]
+            for g in touching:
+                self.relate(f, g)
+            if not touching and f.size > 1:
+                finest.append(f)
+        return finest
+
+    def rows(self, f: IntArray, dims: Iterable[int]) -> IntArray | None:
+        """Contract ``dims`` away: a fresh label for each row that is left, parent of its labels."""
+        gone = varying(f) & frozenset(dims)
+        if not gone:
+            return f
+        if gone == varying(f):
+            return None
+        head = f[tuple(slice(0, 1) if d in gone else slice(None) for d in range(f.ndim))]
+        keys, inverse = np.unique(head, return_inverse=True)
+        fresh = self.new(len(keys))[inverse.reshape(head.shape)]
+        self.parent(fresh, f)
+        for d in gone:
+            self.rect(f, d)
+        return fresh

@@ -1,0 +1,129 @@
+"""One labelled run of a traced graph: Captured -> Run (facts, and the fields of every node)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
+from fxprune.coupling.rules import apply_rule
+from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
+from fxprune.trace import LEAVES, Captured
+from fxprune.types import IntArray
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What cutting needs to know of one tensor: its shape, dtype and fields at the example inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fields: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """``values``: node name -> its value with every tensor replaced by Traits."""
+
+    facts: Facts
+    values: dict[str, Any]
+    parameters: dict[str, Traits]
+
+
+class _LabelMode(TorchDispatchMode):
+    def __init__(self, labels: Labels, names: dict[int, str], parameters: dict[str, Traits]) -> None:
+        super().__init__()
+        self.labels, self.names, self.parameters = labels, names, parameters
+        self.node, self.count = "", 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        apply_rule(self.labels, func, args, kwargs, out)
+        product = as_product(func, args)
+        if product is not None and storage_key(product.w) in self.names:
+            self._product(product)
+        return out
+
+    def _product(self, product: Product) -> None:
+        key, name = f"{self.node}:{self.count}", self.names[storage_key(product.w)]
+        self.count += 1
+        weight = self.parameters.get(name)
+        if weight is None or len(weight.shape) < 2 or product.w.numel() != np.prod(weight.shape):
+            return
+        in_dim = 0 if product.transposed else 1
+        if product.kind == "linear":
+            if product.w.dim() != len(weight.shape) or product.w.shape[0] != weight.shape[1]:
+                in_dim = 0
+            elif product.w.is_contiguous() and not product.w.t().is_contiguous():
+                in_dim = 0
+        bias = None if product.bias is None else self.names.get(storage_key(product.bias))
+        channels = 1  # dim of the channels in x, for [N, C, *] and [M, C] alike
+        found = [f.ravel() for f in self.labels.of(product.x) if varying(f) == {channels}]
+        record = ProductRecord(
+            key, self.node, product.kind, name, bias, in_dim, product.groups, product.transposed,
+            found[0] if found else None,
+        )  # fmt: skip
+        self.labels.facts.products.append(record)
+
+
+class _LabelInterpreter(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, mode: _LabelMode, values: dict[str, Any]) -> None:
+        super().__init__(gm)
+        self.mode, self.values = mode, values
+        self.labels = mode.labels
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.mode.node, self.mode.count = n.name, 0
+        self.labels.where = f"{n.name} ({n.target})" if n.op == "call_module" else n.name
+        self.labels.opaque = n.op == "call_module" and not isinstance(
+            self.submodules[str(n.target)], LEAVES
+        )
+        with self.mode:
+            result = super().run_node(n)
+        self.values[n.name] = self._traits(result)
+        if n.op == "output":
+            self.labels.where = ""
+            tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+            self.labels.lock_all(tensors, "model output")
+        return result
+
+    def _traits(self, value: Any) -> Any:
+        def one(t: Tensor) -> Traits:
+            return Traits(tuple(t.shape), t.dtype, tuple(self.labels.of(t)))
+
+        return tree_map_only(Tensor, one, value)
+
+
+def label_run(captured: Captured) -> Run:
+    """Run the graph once, node by node, and gather what its ops say about channels.
+
+    The inputs are copied first, so that a model that writes to them leaves the caller's alone.
+    """
+    gm = captured.graph_module
+    labels = Labels()
+    parameters: dict[str, Traits] = {}
+    names = parameter_names(gm)
+    for name, t in list(gm.named_parameters()) + list(gm.named_buffers()):
+        if t.is_floating_point():
+            labels.parameter(t)
+        parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)))
+    mode = _LabelMode(labels, names, parameters)
+    values: dict[str, Any] = {}
+    inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
+    rng = torch.get_rng_state()
+    try:
+        with evaluating(gm):
+            _LabelInterpreter(gm, mode, values).run(*inputs)
+    finally:
+        torch.set_rng_state(rng)
+    return Run(labels.facts, values, parameters)
+
+
