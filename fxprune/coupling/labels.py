@@ -9,8 +9,8 @@ What the ops say about labels is collected here and solved once, in ``groups``:
 union     two labels are one channel
 parent    (p, c): when p goes, c goes; when all children of p go, p goes. p is a whole row (an
           attention head, a convolution group) or a whole column of a block of children
-rect      an array [R, D]: every row that stays keeps the same number of labels
-uniform   an array [R, D]: positions along D are addressed by number, so rows may not choose freely
+rect      an array [*R, D]: every row that stays keeps the same number of labels
+uniform   an array [*R, D]: positions along D are addressed by number, so rows may not choose freely
 lock      the label stays, for a reason
 """
 
@@ -42,6 +42,12 @@ def align(f: IntArray, ndim: int) -> IntArray:
 def rows_by(f: IntArray, dim: int) -> IntArray:
     """[R, D]: D positions along ``dim``, R all the rest."""
     return np.moveaxis(f, dim, -1).reshape(-1, f.shape[dim])
+
+
+def _block(f: IntArray, dim: int) -> IntArray:
+    """``f`` with ``dim`` last and without dims of size 1."""
+    moved = np.moveaxis(f, dim, -1)
+    return moved.reshape([s for s in moved.shape if s > 1])
 
 
 @dataclass(frozen=True)
@@ -112,15 +118,13 @@ class Labels:
 
     def rect(self, f: IntArray, dim: int) -> None:
         """Every row of ``f`` along ``dim`` keeps equally many labels."""
-        rows = rows_by(f, dim)
-        if rows.shape[0] > 1 and rows.shape[1] > 1:
-            self.facts.rects.append(rows)
+        if 1 < f.shape[dim] < f.size:
+            self.facts.rects.append(_block(f, dim))
 
     def uniform(self, f: IntArray, dim: int) -> None:
         """Positions of ``f`` along ``dim`` are addressed by number."""
-        rows = rows_by(f, dim)
-        if rows.shape[0] > 1 and rows.shape[1] > 1:
-            self.facts.uniforms.append(rows)
+        if 1 < f.shape[dim] < f.size:
+            self.facts.uniforms.append(_block(f, dim))
 
     def lock(self, f: IntArray, reason: str) -> None:
         self.facts.locks.append((np.unique(f), f"{reason} at {self.where}" if self.where else reason))

@@ -1,0 +1,383 @@
+"""Solved classes -> ChannelGroups, consumers, and what the later stages ask of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+from fxprune.coupling.labels import Contraction
+from fxprune.coupling.run import Run, Traits, label_run
+from fxprune.coupling.solve import Solution, signatures, solve
+from fxprune.trace import Captured
+from fxprune.types import BoolArray, ChannelGroup, Consumer, IntArray, Member, Use
+
+KERNEL = "kernel position"
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What the labelled run has found, in terms of classes.
+
+    groups         all groups of channels, locked ones too
+    cls            [labels] class of each label
+    unit_group     [classes] index of the group whose channel the class belongs to, or -1
+    unit_channel   [classes] that channel
+    row_group, row_channel   the same for whole rows
+    param_classes  (parameter, dim) -> [size] class of each position, -1 where nothing may go
+    contractions   products, dims as arrays [P, Q] of classes
+    values         graph node -> value, every tensor replaced by Traits (fields of *labels*)
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    consumers: tuple[Consumer, ...]
+    cls: IntArray
+    unit_group: IntArray
+    unit_channel: IntArray
+    row_group: IntArray
+    row_channel: IntArray
+    param_classes: dict[tuple[str, int], IntArray]
+    contractions: tuple[Contraction, ...]
+    values: dict[str, Any]
+    parameters: dict[str, Traits]
+    rects: tuple[IntArray, ...]
+    uniforms: tuple[IntArray, ...]
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.unit_group)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A group before it has a name: [S, D] owners (units or rows), and a lock reason."""
+
+    owners: IntArray
+    by_row: bool
+    locked: str | None
+
+
+def couple(captured: Captured) -> Coupling:
+    """Group the channels of a traced model by running it once."""
+    run = label_run(captured)
+    slots = _slots(run)
+    solution = solve(run.facts, slots)
+    builder = _Builder(captured.graph_module, run, solution, slots)
+    return builder.build()
+
+
+def _slots(run: Run) -> tuple[IntArray, IntArray]:
+    """(labels, slot of each): one slot for each parameter dim, and for each dim of a product."""
+    arrays = [f.ravel() for p in run.parameters.values() for f in p.fields]
+    for c in run.facts.contractions:
+        arrays += [d.ravel() for d in c.dims if d.shape[1] == 1]
+    if not arrays:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    sizes = [len(a) for a in arrays]
+    return np.concatenate(arrays), np.repeat(np.arange(len(arrays)), sizes)
+
+
+class _Builder:
+    def __init__(
+        self, gm: fx.GraphModule, run: Run, solution: Solution, slots: tuple[IntArray, IntArray]
+    ) -> None:
+        self.gm, self.run, self.s, self.slots = gm, run, solution, slots
+        self.n = solution.n
+        self.reason = self._reasons()
+
+    # -- locks --------------------------------------------------------------------------------
+
+    def _reasons(self) -> list[str | None]:
+        """The lock reason of each class; a locked class locks the row and column it lies in."""
+        reason: list[str | None] = [None] * self.n
+        for labels, why in self.run.facts.locks:
+            for c in np.unique(self.s.cls[labels]):
+                reason[c] = reason[c] or why
+        touched = np.zeros(self.n, dtype=np.bool_)
+        facts = self.run.facts
+        for arrays in (
+            [x for pair in facts.unions + facts.parents for x in pair],
+            [d.ravel() for c in facts.contractions for d in c.dims],
+        ):
+            if arrays:
+                touched[self.s.cls[np.concatenate(arrays)]] = True
+        for c in np.flatnonzero(~touched):
+            reason[c] = reason[c] or "no operation uses it"
+        for c in [c for c in range(self.n) if reason[c] is not None]:
+            for owner in (self.s.row[c], self.s.unit[c]):
+                if owner >= 0 and reason[owner] is None:
+                    reason[owner] = reason[c]
+        return reason
+
+    # -- drafts -------------------------------------------------------------------------------
+
+    def build(self) -> Coupling:
+        drafts = self._balanced() + self._plain() + self._rows()
+        drafts = [d for d in drafts if not (d.locked or "").startswith(KERNEL)]
+        owner_of_unit = self.s.unit.copy()
+        governed = [(owner_of_unit, False), (self.s.row.copy(), True)]
+        governed[1][0][self.s.is_row] = np.flatnonzero(self.s.is_row)
+        governed[0][0][self.s.is_row] = -1
+        arrays = {}
+        for owner, by_row in governed:
+            group = np.full(self.n, -1, dtype=np.int64)
+            channel = np.full(self.n, -1, dtype=np.int64)
+            for g, d in enumerate(drafts):
+                if d.by_row == by_row:
+                    group[d.owners.ravel()] = g
+                    channel[d.owners.ravel()] = np.arange(d.owners.size)
+            mine = owner >= 0
+            arrays[by_row] = tuple(
+                np.where(mine, a[np.where(mine, owner, 0)], -1) for a in (group, channel)
+            )
+        self.governing = arrays
+        params = self._param_classes()
+        consumers = self._consumers(params)
+        groups = self._groups(drafts, params, consumers)
+        cls = self.s.cls[: self.run.facts.count]
+        contractions = tuple(
+            Contraction(c.const, tuple(cls[d] for d in c.dims)) for c in self.run.facts.contractions
+        )
+        coupling = Coupling(
+            groups, consumers, cls, *arrays[False], *arrays[True], params, contractions,
+            self.run.values, self.run.parameters, tuple(self.s.rects), tuple(self.s.uniforms),
+        )  # fmt: skip
+        return _checked(coupling)
+
+    def _balanced(self) -> list[_Draft]:
+        drafts = []
+        for block in self.s.blocks:
+            why = next((self.reason[c] for c in block.ravel() if self.reason[c]), None)
+            drafts.append(_Draft(block, False, why))
+        return drafts
+
+    def _plain(self) -> list[_Draft]:
+        units = np.zeros(self.n, dtype=np.bool_)
+        units[self.s.unit] = True
+        units[self.s.is_row] = False
+        for block in self.s.blocks:
+            units[block] = False
+        return self._by_signature(np.flatnonzero(units), self.s.unit, by_row=False)
+
+    def _rows(self) -> list[_Draft]:
+        owner = self.s.row.copy()
+        rows = np.flatnonzero(self.s.is_row)
+        owner[rows] = rows
+        return self._by_signature(rows, owner, by_row=True)
+
+    def _by_signature(self, owners: IntArray, owner: IntArray, by_row: bool) -> list[_Draft]:
+        kinds = signatures(self.s.cls[: self.run.facts.count], owner, self.slots)
+        together: dict[tuple[int, str | None], list[int]] = defaultdict(list)
+        for c in owners:
+            if kinds[c] != 0:
+                together[int(kinds[c]), self.reason[c]].append(int(c))
+        drafts = []
+        for (_, why), members in together.items():
+            if why is None and len(members) == 1:
+                why = "one channel: nothing to choose from"
+            drafts.append(_Draft(np.array([members], dtype=np.int64), by_row, why))
+        return drafts
+
+    # -- parameters and consumers -------------------------------------------------------------
+
+    def _param_classes(self) -> dict[tuple[str, int], IntArray]:
+        found = {}
+        for name, traits in self.run.parameters.items():
+            for f in traits.fields:
+                dim = next(d for d, size in enumerate(f.shape) if size > 1)
+                classes = self.s.cls[f.ravel()]
+                free = (self.governing[False][0][classes] >= 0) | (
+                    self.governing[True][0][classes] >= 0
+                )
+                if free.any():
+                    found[name, dim] = np.where(free, classes, -1)
+        return found
+
+    def _consumers(self, params: dict[tuple[str, int], IntArray]) -> tuple[Consumer, ...]:
+        nodes = {n.name: n for n in self.gm.graph.nodes}
+        consumers = []
+        for r in self.run.facts.products:
+            shape = self.run.parameters[r.weight].shape
+            size = shape[r.in_dim] * (1 if r.transposed else r.groups)
+            classes = np.full(size, -1) if r.inputs is None else self.s.cls[r.inputs]
+            if r.inputs is None and r.groups == 1:
+                classes = params.get((r.weight, r.in_dim), classes)
+            consumers.append(
+                Consumer(
+                    r.key, r.node, r.kind, r.weight, r.bias, r.in_dim, 1 - r.in_dim, r.groups,
+                    r.transposed, classes.astype(np.int64), _norm_after(self.gm, nodes[r.node]),
+                )  # fmt: skip
+            )
+        return tuple(consumers)
+
+    # -- groups -------------------------------------------------------------------------------
+
+    def _groups(
+        self,
+        drafts: list[_Draft],
+        params: dict[tuple[str, int], IntArray],
+        consumers: tuple[Consumer, ...],
+    ) -> tuple[ChannelGroup, ...]:
+        members: list[list[Member]] = [[] for _ in drafts]
+        uses: list[list[Use]] = [[] for _ in drafts]
+        for (name, dim), classes in params.items():
+            for g, index in self._positions(classes):
+                members[g].append(Member(name, dim, index))
+        for c in consumers:
+            for g, index in self._positions(c.classes):
+                uses[g].append(Use(c.key, index))
+        classes = self._classes(drafts)
+        nodes = self._nodes(len(drafts))
+        taken: dict[str, int] = defaultdict(int)
+        groups = []
+        for g, d in enumerate(drafts):
+            name = _name(members[g], d, self.run.parameters)
+            taken[name] += 1
+            name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            groups.append(
+                ChannelGroup(
+                    name, d.owners.size, d.owners.shape[0], tuple(members[g]), tuple(uses[g]),
+                    nodes[g], classes[g], d.locked,
+                )  # fmt: skip
+            )
+        return _with_overlaps(groups, self.governing)
+
+    def _positions(self, classes: IntArray) -> list[tuple[int, IntArray]]:
+        """(group, index [n, k]) for every group with channels among these positions."""
+        found = []
+        known = np.where(classes >= 0, classes, 0)
+        for group, channel in self.governing.values():
+            g = np.where(classes >= 0, group[known], -1)
+            for one in np.unique(g[g >= 0]):
+                at = np.flatnonzero(g == one)
+                order = np.argsort(channel[classes[at]], kind="stable")
+                n = len(np.unique(channel[classes[at]]))
+                if len(at) % n == 0:
+                    found.append((int(one), at[order].reshape(n, -1)))
+        return found
+
+    def _classes(self, drafts: list[_Draft]) -> list[tuple[IntArray, ...]]:
+        result = []
+        for g, d in enumerate(drafts):
+            group, channel = self.governing[d.by_row]
+            mine = np.flatnonzero(group == g)
+            order = mine[np.argsort(channel[mine], kind="stable")]
+            ends = np.searchsorted(channel[order], np.arange(1, d.owners.size))
+            result.append(tuple(np.split(order, ends)))
+        return result
+
+    def _nodes(self, count: int) -> list[tuple[str, ...]]:
+        nodes: list[list[str]] = [[] for _ in range(count)]
+        for name, value in self.run.values.items():
+            if isinstance(value, Traits):
+                seen: set[int] = set()
+                for f in value.fields:
+                    classes = self.s.cls[f.ravel()]
+                    for group, _ in self.governing.values():
+                        seen |= set(np.unique(group[classes]).tolist())
+                for g in sorted(seen - {-1}):
+                    nodes[g].append(name)
+        return [tuple(n) for n in nodes]
+
+
+def _name(members: list[Member], draft: _Draft, parameters: dict[str, Traits]) -> str:
+    """After the layer that makes the channels: the first member that is dim 0 of a weight."""
+    made = [m for m in members if m.dim == 0 and len(parameters[m.param].shape) > 1] or members
+    base = made[0].param.rpartition(".")[0] or made[0].param if made else "free"
+    if not members or (made[0].dim != 0 and made is members):
+        base = f"{base}.in" if members else base
+    return f"{base}.rows" if draft.by_row else base
+
+
+def _norm_after(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    users = list(node.users)
+    if len(users) == 1 and users[0].op == "call_module" and users[0].args[:1] == (node,):
+        path = str(users[0].target)
+        if isinstance(gm.get_submodule(path), nn.modules.batchnorm._BatchNorm):
+            return path
+    return None
+
+
+def _with_overlaps(
+    groups: list[ChannelGroup], governing: dict[bool, tuple[IntArray, ...]]
+) -> tuple[ChannelGroup, ...]:
+    pairs = np.stack([governing[False][0], governing[True][0]], 1)
+    pairs = np.unique(pairs[(pairs >= 0).all(1)], axis=0)
+    names: dict[int, set[str]] = defaultdict(set)
+    for a, b in pairs:
+        names[int(a)].add(groups[b].name)
+        names[int(b)].add(groups[a].name)
+    return tuple(replace(g, overlaps=tuple(sorted(names[i]))) for i, g in enumerate(groups))
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+def class_masks(coupling: Coupling, keep: list[BoolArray]) -> BoolArray:
+    """[classes + 1] from the kept channels of each group; the last entry is always kept."""
+    mask = np.ones(coupling.n_classes + 1, dtype=np.bool_)
+    for group, channel in (
+        (coupling.unit_group, coupling.unit_channel),
+        (coupling.row_group, coupling.row_channel),
+    ):
+        for g, kept in enumerate(keep):
+            if not kept.all():
+                mine = np.flatnonzero(group == g)
+                mask[mine] &= kept[channel[mine]]
+    return mask
+
+
+def ragged(blocks: tuple[IntArray, ...], uniforms: tuple[IntArray, ...], mask: BoolArray) -> list[IntArray]:
+    """The recorded blocks that a mask would leave without a rectangular shape."""
+    bad = []
+    for block in blocks:
+        counts = mask[block].sum(-1)
+        rows = counts > 0
+        box = np.array(True)
+        for d in range(rows.ndim):
+            others = tuple(i for i in range(rows.ndim) if i != d)
+            box = box[..., None] & rows.any(axis=others)
+        if (counts[rows] != counts.max()).any() or not np.array_equal(box, rows):
+            bad.append(block)
+    for block in uniforms:
+        kept = mask[block].reshape(-1, block.shape[-1])
+        kept = kept[kept.any(1)]
+        if len(kept) and (kept != kept[0]).any():
+            bad.append(block)
+    return bad
+
+
+def _checked(coupling: Coupling) -> Coupling:
+    """Lock what a random plan would leave ragged: the last defence, normally without effect."""
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        groups = coupling.groups
+        worst: set[int] = set()
+        for _ in range(2):
+            keep = [_random_keep(g, rng) for g in groups]
+            for block in ragged(coupling.rects, coupling.uniforms, class_masks(coupling, keep)):
+                classes = np.unique(block)
+                touching = np.unique(
+                    np.concatenate([coupling.unit_group[classes], coupling.row_group[classes]])
+                )
+                worst |= {int(g) for g in touching if g >= 0 and groups[g].locked is None}
+        if not worst:
+            return coupling
+        why = "its channels cannot go one by one and leave every tensor rectangular"
+        coupling = replace(
+            coupling,
+            groups=tuple(replace(g, locked=why) if i in worst else g for i, g in enumerate(groups)),
+        )
+    return coupling
+
+
+def _random_keep(group: ChannelGroup, rng: np.random.Generator) -> BoolArray:
+    keep = np.ones(group.n, dtype=np.bool_)
+    if group.locked is None and group.width > 1:
+        count = int(rng.integers(1, group.width))
+        order = rng.random((group.rows, group.width)).argsort(1)
+        keep = (order < count).ravel()
+    return keep

@@ -1,0 +1,328 @@
+"""Facts -> classes: unions solved once, blocks made consistent.
+
+A class is a set of labels that are one channel. After the solve every class has at most one *row*
+(a parent that is a whole row of a block: a head, a convolution group) and one *unit* (itself, or a
+parent that is a whole column of a block), and stays when both stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from fxprune.coupling.labels import Facts
+from fxprune.errors import InternalError
+from fxprune.types import BoolArray, IntArray
+
+_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Classes of labels.
+
+    cls       [labels] class of each label
+    row       [classes] class of the row parent, or -1
+    unit      [classes] class of the column parent, or the class itself
+    is_row    [classes] whether the class is the row parent of others
+    blocks    balanced blocks [S, D] of units: S >= 2 rows that keep equally many of D columns
+    rects, uniforms   the recorded blocks in terms of classes
+    """
+
+    cls: IntArray
+    row: IntArray
+    unit: IntArray
+    is_row: BoolArray
+    blocks: list[IntArray]
+    rects: list[IntArray]
+    uniforms: list[IntArray]
+
+    @property
+    def n(self) -> int:
+        return len(self.row)
+
+
+class _Solver:
+    """The relations so far; each round adds unions until nothing contradicts."""
+
+    def __init__(self, facts: Facts, slots: tuple[IntArray, IntArray]) -> None:
+        self.count = facts.count
+        self.slots = slots
+        self.unions = list(facts.unions)
+        self.parents = list(facts.parents)
+        self.rect_labels = _distinct(facts.rects)
+        self.uniform_labels = _distinct(facts.uniforms)
+
+    # -- one round ----------------------------------------------------------------------------
+
+    def round(self) -> Solution | None:
+        """A solution, or None when new unions were needed."""
+        before = len(self.unions) + len(self.parents)
+        self.classify()
+        self.settle_parents()
+        if len(self.unions) + len(self.parents) > before:
+            return None
+        self.roles()
+        blocks = self.blocks()
+        if len(self.unions) + len(self.parents) > before:
+            return None
+        return Solution(
+            self.cls, self.row, self.unit, self.is_row, blocks, self.rects, self.uniforms
+        )
+
+    def classify(self) -> None:
+        if self.unions:
+            a = np.concatenate([u[0] for u in self.unions])
+            b = np.concatenate([u[1] for u in self.unions])
+            graph = sparse.coo_matrix(
+                (np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count)
+            )
+            self.n, cls = connected_components(graph, directed=False)
+            self.cls = cls.astype(np.int64)
+            self.unions = [(self.cls_first()[self.cls], np.arange(self.count))]
+        else:
+            self.n, self.cls = self.count, np.arange(self.count, dtype=np.int64)
+        self.rects = [self.cls[r] for r in self.rect_labels]
+        self.uniforms = [self.cls[u] for u in self.uniform_labels]
+        if self.parents:
+            p = np.concatenate([pair[0] for pair in self.parents])
+            c = np.concatenate([pair[1] for pair in self.parents])
+            pairs = np.unique(np.stack([self.cls[p], self.cls[c]], 1), axis=0)
+            self.pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        else:
+            self.pairs = np.zeros((0, 2), dtype=np.int64)
+
+    def cls_first(self) -> IntArray:
+        """[classes] the first label of each class."""
+        first = np.full(self.n, self.count, dtype=np.int64)
+        np.minimum.at(first, self.cls, np.arange(self.count))
+        return first
+
+    def unite(self, a: IntArray, b: IntArray) -> None:
+        """Unite classes (given by class) by uniting their first labels."""
+        first = self.cls_first()
+        differ = a != b
+        if differ.any():
+            self.unions.append((first[a[differ]], first[b[differ]]))
+
+    def settle_parents(self) -> None:
+        """Parents are one level deep, and two parents of one class cross in that class only."""
+        p, c = self.pairs.T
+        if not len(p):
+            return
+        deep = np.isin(c, p)
+        self.unite(p[deep], c[deep])
+        size = np.bincount(p, minlength=self.n)
+        single = size[p] == 1
+        self.unite(p[single], c[single])
+        a = sparse.csr_matrix((np.ones(len(p), dtype=np.int64), (p, c)), shape=(self.n, self.n))
+        shared = (a @ a.T).tocoo()
+        upper = shared.row < shared.col
+        x, y, s = shared.row[upper], shared.col[upper], shared.data[upper]
+        same = (s > 1) | (s == np.minimum(size[x], size[y]))
+        self.unite(x[same].astype(np.int64), y[same].astype(np.int64))
+
+    # -- roles --------------------------------------------------------------------------------
+
+    def roles(self) -> None:
+        """Which parents are rows and which are columns."""
+        p, c = self.pairs.T
+        self.row = np.full(self.n, -1, dtype=np.int64)
+        self.unit = np.arange(self.n, dtype=np.int64)
+        self.is_row = np.zeros(self.n, dtype=np.bool_)
+        if not len(p):
+            return
+        self.is_row[self._row_parents(p, c)] = True
+        for want_row, target in ((True, self.row), (False, self.unit)):
+            mine = self.is_row[p] == want_row
+            target[c[mine]] = p[mine]
+            twice = target[c[mine]] != p[mine]
+            self.unite(p[mine][twice], target[c[mine]][twice])
+
+    def _row_parents(self, p: IntArray, c: IntArray) -> IntArray:
+        """Parents with two or more children side by side in one row of a rect."""
+        rows: list[IntArray] = []
+        cols: list[IntArray] = []
+        at = 0
+        for r in self.rects:
+            flat = r.reshape(-1, r.shape[-1])
+            rows.append(np.repeat(np.arange(at, at + len(flat)), flat.shape[1]))
+            cols.append(flat.ravel())
+            at += len(flat)
+        if not rows:
+            return np.unique(p)
+        i, j = np.concatenate(rows), np.concatenate(cols)
+        inside = sparse.csr_matrix((np.ones(len(i), dtype=np.int64), (i, j)), shape=(at, self.n))
+        inside.data[:] = 1
+        children = sparse.csr_matrix(
+            (np.ones(len(p), dtype=np.int64), (c, p)), shape=(self.n, self.n)
+        )
+        overlap = (inside @ children).tocoo()
+        return np.unique(overlap.col[overlap.data > 1]).astype(np.int64)
+
+    # -- blocks -------------------------------------------------------------------------------
+
+    def blocks(self) -> list[IntArray]:
+        """Balanced blocks of units; adds unions where rows contradict each other."""
+        rows: dict[bytes, int] = {}
+        order: list[IntArray] = []
+        links: list[tuple[int, int]] = []
+        uses: list[tuple[IntArray, list[int]]] = []
+        for rect in self.rects:
+            units = _without_repeats(self.unit[rect.reshape(-1, rect.shape[-1])])
+            if units is None:
+                self._tie(rect)
+                continue
+            ids = []
+            for line in units:
+                key = np.sort(line).tobytes()
+                if key not in rows:
+                    rows[key] = len(order)
+                    order.append(line)
+                ids.append(rows[key])
+            uses.append((rect, ids))
+            links += [(ids[0], i) for i in ids[1:]]
+        if not order:
+            return []
+        self._untangle(order, uses)
+        return self._components(order, links)
+
+    def _untangle(self, order: list[IntArray], uses: list[tuple[IntArray, list[int]]]) -> None:
+        """Rows are equal or disjoint; those that overlap are tied column by column."""
+        owner = np.full(self.n, -1, dtype=np.int64)
+        bad = np.zeros(len(order), dtype=np.bool_)
+        for i, line in enumerate(order):
+            taken = owner[line]
+            if (taken >= 0).any():
+                bad[i] = True
+                bad[taken[taken >= 0]] = True
+            owner[line] = i
+        for rect, ids in uses:
+            if len(set(ids)) > 1 and bad[ids].any():
+                self._tie(rect)
+        balanced = np.zeros(len(order), dtype=np.bool_)
+        for _, ids in uses:
+            if len(set(ids)) > 1:
+                balanced[ids] = True
+        for uniform in self.uniforms:
+            units = self.unit[uniform.reshape(-1, uniform.shape[-1])]
+            lines = np.where(owner[units] >= 0, owner[units], -1)
+            if _addresses_within(units, lines, balanced):
+                self._tie(uniform)
+
+    def _tie(self, block: IntArray) -> None:
+        """All rows of [*R, D] keep the same columns."""
+        flat = block.reshape(-1, block.shape[-1])
+        if (self.unit[flat] == self.unit[flat[:1]]).all():
+            return
+        rows = self.row[flat]
+        if (rows >= 0).all() and (rows == rows[:, :1]).all() and len(np.unique(rows[:, 0])) > 1:
+            fresh = np.arange(self.count, self.count + flat.shape[1], dtype=np.int64)
+            self.count += flat.shape[1]
+            first = self.cls_first()
+            self.cls = np.concatenate([self.cls, np.full(len(fresh), -1)])
+            self.parents.append(
+                (np.broadcast_to(fresh, flat.shape).ravel(), first[flat].ravel())
+            )
+            return
+        self.unite(np.broadcast_to(flat[:1], flat.shape).ravel(), flat.ravel())
+
+    def _components(self, order: list[IntArray], links: list[tuple[int, int]]) -> list[IntArray]:
+        if not links:
+            return []
+        a, b = np.array(links).T
+        graph = sparse.coo_matrix((np.ones(len(a)), (a, b)), shape=(len(order), len(order)))
+        _, comp = connected_components(graph, directed=False)
+        blocks = []
+        for k in np.unique(comp):
+            lines = [order[i] for i in np.flatnonzero(comp == k)]
+            if len(lines) < 2 or all(len(line) == 1 for line in lines):
+                continue
+            if len({len(line) for line in lines}) > 1:
+                everything = np.concatenate(lines)
+                self.unite(np.full(len(everything), everything[0]), everything)
+                continue
+            block = np.stack(lines)
+            if not self._alike(block):
+                self._pair(block)
+            blocks.append(block)
+        return blocks
+
+    def _alike(self, block: IntArray) -> bool:
+        """Whether all units of a block lie in the same parameter dims, equally often."""
+        kinds = signatures(self.cls, self.unit, self.slots)[block]
+        return bool((kinds == kinds.flat[0]).all())
+
+    def _pair(self, block: IntArray) -> None:
+        """Rows of different kinds in one block: tie those of one row parent, else all rows."""
+        child = np.full(self.n, -1, dtype=np.int64)
+        child[self.unit] = self.row
+        parent = child[block[:, 0]]
+        for k in np.unique(parent):
+            lines = block[parent == k] if (parent >= 0).all() else block
+            self.unite(np.broadcast_to(lines[:1], lines.shape).ravel(), lines.ravel())
+        if (parent >= 0).all() and len(np.unique(parent)) == len(parent):
+            self.unite(np.broadcast_to(block[:1], block.shape).ravel(), block.ravel())
+
+
+def _distinct(arrays: list[IntArray]) -> list[IntArray]:
+    """Without exact repetitions, in order."""
+    seen: dict[tuple[tuple[int, ...], bytes], IntArray] = {}
+    for a in arrays:
+        seen.setdefault((a.shape, a.tobytes()), a)
+    return list(seen.values())
+
+
+def _without_repeats(rows: IntArray) -> IntArray | None:
+    """Distinct rows, each class once; None when a row repeats its classes irregularly."""
+    _, first = np.unique(np.sort(rows, 1), axis=0, return_index=True)
+    rows = rows[np.sort(first)]
+    result = []
+    for line in rows:
+        _, start, counts = np.unique(line, return_index=True, return_counts=True)
+        if (counts != counts[0]).any() and len(rows) > 1:
+            return None
+        result.append(line[np.sort(start)])
+    if len({len(line) for line in result}) > 1:
+        return None
+    return np.stack(result)
+
+
+def _addresses_within(units: IntArray, lines: IntArray, balanced: BoolArray) -> bool:
+    """Whether a row of ``units`` holds two units of one balanced line."""
+    for u, line in zip(units, lines, strict=True):
+        mine = (line >= 0) & balanced[line]
+        if mine.any():
+            pairs = np.unique(np.stack([line[mine], u[mine]], 1), axis=0)
+            if len(pairs) > len(np.unique(pairs[:, 0])):
+                return True
+    return False
+
+
+def signatures(cls: IntArray, owner: IntArray, slots: tuple[IntArray, IntArray]) -> IntArray:
+    """[classes] a hash of the multiset of slots in which each owner's labels lie.
+
+    ``slots``: (labels, slot of each), a slot being one dim of one parameter or product. ``owner``
+    [classes] is the class that each class counts for; -1 for none.
+    """
+    labels, slot = slots
+    weights = np.random.default_rng(0).integers(1, 2**62, size=int(slot.max(initial=0)) + 1)
+    total = np.zeros(len(owner), dtype=np.int64)
+    target = owner[cls[labels]]
+    mine = target >= 0
+    with np.errstate(over="ignore"):
+        np.add.at(total, target[mine], weights[slot[mine]])
+    return total
+
+
+def solve(facts: Facts, slots: tuple[IntArray, IntArray]) -> Solution:
+    """Unions and blocks to a fixed point."""
+    solver = _Solver(facts, slots)
+    for _ in range(_ROUNDS):
+        solution = solver.round()
+        if solution is not None:
+            return solution
+    raise InternalError(f"channel blocks did not settle in {_ROUNDS} rounds")
