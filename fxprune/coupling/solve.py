@@ -60,8 +60,8 @@ class _Solver:
 
     def round(self) -> Solution | None:
         """A solution, or None when new unions were needed."""
-        before = len(self.unions) + len(self.parents)
         self.classify()
+        before = len(self.unions) + len(self.parents)
         self.settle_parents()
         if len(self.unions) + len(self.parents) > before:
             return None
@@ -171,10 +171,13 @@ class _Solver:
         order: list[IntArray] = []
         links: list[tuple[int, int]] = []
         uses: list[tuple[IntArray, list[int]]] = []
+        conflicts: list[tuple[int, IntArray]] = []
         for rect in self.rects:
             units = _without_repeats(self.unit[rect.reshape(-1, rect.shape[-1])])
             if units is None:
-                self._tie(rect)
+                conflicts.append((len(self.unit[rect].reshape(-1, rect.shape[-1])), rect))
+                continue
+            if 1 in units.shape:
                 continue
             ids = []
             for line in units:
@@ -185,12 +188,15 @@ class _Solver:
                 ids.append(rows[key])
             uses.append((rect, ids))
             links += [(ids[0], i) for i in ids[1:]]
-        if not order:
-            return []
-        self._untangle(order, uses)
+        self._untangle(order, uses, conflicts)
         return self._components(order, links)
 
-    def _untangle(self, order: list[IntArray], uses: list[tuple[IntArray, list[int]]]) -> None:
+    def _untangle(
+        self,
+        order: list[IntArray],
+        uses: list[tuple[IntArray, list[int]]],
+        conflicts: list[tuple[int, IntArray]],
+    ) -> None:
         """Rows are equal or disjoint; those that overlap are tied column by column."""
         owner = np.full(self.n, -1, dtype=np.int64)
         bad = np.zeros(len(order), dtype=np.bool_)
@@ -202,7 +208,12 @@ class _Solver:
             owner[line] = i
         for rect, ids in uses:
             if len(set(ids)) > 1 and bad[ids].any():
+                conflicts.append((len(rect.reshape(-1, rect.shape[-1])), rect))
+        touched = np.zeros(self.n, dtype=np.bool_)
+        for _, rect in sorted(conflicts, key=lambda t: t[0]):  # few rows: many columns are left
+            if not touched[rect].any():
                 self._tie(rect)
+                touched[rect] = True
         balanced = np.zeros(len(order), dtype=np.bool_)
         for _, ids in uses:
             if len(set(ids)) > 1:
@@ -239,7 +250,7 @@ class _Solver:
         blocks = []
         for k in np.unique(comp):
             lines = [order[i] for i in np.flatnonzero(comp == k)]
-            if len(lines) < 2 or all(len(line) == 1 for line in lines):
+            if len(lines) < 2:
                 continue
             if len({len(line) for line in lines}) > 1:
                 everything = np.concatenate(lines)
