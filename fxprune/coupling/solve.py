@@ -188,8 +188,12 @@ class _Solver:
                 ids.append(rows[key])
             uses.append((rect, ids))
             links += [(ids[0], i) for i in ids[1:]]
+        if not order and not conflicts:
+            return []
+        before = len(self.unions) + len(self.parents)
         self._untangle(order, uses, conflicts)
-        return self._components(order, links)
+        settled = len(self.unions) + len(self.parents) == before
+        return self._components(order, links) if settled else []
 
     def _untangle(
         self,
