@@ -1,0 +1,186 @@
+"""Greedy backward elimination: optimal brain surgeon for channels.
+
+Source: B. Hassibi, D. Stork, "Second order derivatives for network pruning", NIPS 1992, for single
+weights; here whole channels of a consumer's input go, and those that stay make up for them by least
+squares.
+
+Legend for shapes: n channels of a group, k variables of a channel at one input, m = n * k of them,
+r rows of the factor (at most m).
+
+With second moments G at the input and the consumer's weight W [O, m], removing the set R and
+solving for the best weights of the rest leaves the loss tr(W_R (P_RR)^-1 W_R^T), P = G^-1. Then
+P_KK <- P_KK - P_KR (P_RR)^-1 P_RK and W_K <- W_K - W_R (P_RR)^-1 P_RK. Only the group's own part of
+P takes part, and only H = W^T W counts, so W may be any factor of H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from scipy.linalg import lapack
+
+from fxprune.types import FloatArray, IntArray
+
+STEPS = 32  # a round takes one of this many parts of what is left
+LOOKAHEAD = 2  # candidates per channel that a round takes
+
+
+class Loss(Protocol):
+    """What the channels of a group are worth to the consumers of one input."""
+
+    def costs(self) -> FloatArray:
+        """[n]: the loss when one channel goes."""
+        ...
+
+    def restricted(self, units: IntArray) -> Loss:
+        """The same for these channels alone, as if all others stayed; a copy."""
+        ...
+
+    def remove(self, units: IntArray) -> None:
+        """These channels go, all others make up for them."""
+        ...
+
+
+class Coupled:
+    """Channels that can stand in for each other. inverse P [m, m], factor [r, m], channel-major."""
+
+    def __init__(self, inverse: FloatArray, factor: FloatArray, k: int) -> None:
+        self.inverse, self.factor, self.k = inverse, factor, k
+
+    def costs(self) -> FloatArray:
+        k, m = self.k, len(self.inverse)
+        if k == 1:
+            diagonal = np.maximum(np.diagonal(self.inverse), np.finfo(np.float64).tiny)
+            costs: FloatArray = np.einsum("rm,rm->m", self.factor, self.factor) / diagonal
+            return costs
+        n = m // k
+        at = np.arange(n)
+        p = self.inverse.reshape(n, k, n, k)[at, :, at, :]
+        w = self.factor.reshape(-1, n, k)
+        h = np.einsum("rni,rnj->nij", w, w)
+        return np.asarray(np.maximum(np.trace(np.linalg.solve(p, h), axis1=1, axis2=2), 0.0))
+
+    def restricted(self, units: IntArray) -> Coupled:
+        at = self._variables(units)
+        w = self.factor[:, at]
+        return Coupled(self.inverse[np.ix_(at, at)], factor_of(w), self.k)
+
+    def remove(self, units: IntArray) -> None:
+        gone = self._variables(units)
+        left = np.delete(np.arange(len(self.inverse)), gone)
+        across = self.inverse[np.ix_(gone, left)]
+        update = np.linalg.solve(self.inverse[np.ix_(gone, gone)], across)
+        self.inverse = self.inverse[np.ix_(left, left)]
+        self.inverse -= across.T @ update
+        self.factor, taken = self.factor[:, left], self.factor[:, gone]
+        self.factor -= taken @ update
+
+    def _variables(self, units: IntArray) -> IntArray:
+        if self.k == 1:
+            return units
+        return (units[:, None] * self.k + np.arange(self.k)).ravel()
+
+
+class Independent:
+    """Channels that cannot stand in for each other; ``losses`` [n] add up."""
+
+    def __init__(self, losses: FloatArray) -> None:
+        self.losses = losses
+
+    def costs(self) -> FloatArray:
+        return self.losses
+
+    def restricted(self, units: IntArray) -> Independent:
+        return Independent(self.losses[units])
+
+    def remove(self, units: IntArray) -> None:
+        self.losses = np.delete(self.losses, units)
+
+
+def factor_of(w: FloatArray) -> FloatArray:
+    """A factor of w^T w with no more rows than columns. ``w`` [O, m] -> [min(O, m), m]."""
+    return w if w.shape[0] <= w.shape[1] else factor_of_square(w.T @ w)
+
+
+def factor_of_square(h: FloatArray) -> FloatArray:
+    """F [m, m] with F^T F = ``h`` [m, m], positive semidefinite up to rounding."""
+    scale = float(np.trace(h)) / len(h)
+    if scale <= 0:
+        return np.zeros_like(h)
+    upper, info = lapack.dpotrf(h + 1e-12 * scale * np.eye(len(h)), lower=0, clean=1)
+    if info == 0:
+        factor: FloatArray = upper
+        return factor
+    values, vectors = np.linalg.eigh(h)
+    return np.asarray(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
+
+
+def inverse_of(g: FloatArray) -> FloatArray:
+    """The inverse of a positive definite matrix [m, m], by Cholesky."""
+    upper, info = lapack.dpotrf(g, lower=0, clean=1)
+    if info != 0:
+        return np.asarray(np.linalg.pinv(g, hermitian=True), dtype=np.float64)
+    inverse, info = lapack.dpotri(upper, lower=0)
+    full: FloatArray = np.triu(inverse) + np.triu(inverse, 1).T
+    return full
+
+
+def eliminate(losses: Sequence[Loss], n: int, rows: int = 1) -> FloatArray:
+    """Remove channel after channel, the cheapest first; every row loses equally many.
+
+    ``losses``: one for each input, of the same n channels; they add up and are used up.
+    Returns [n]: the loss summed up to each channel's removal, strictly increasing in that order.
+
+    A round picks greedily among the cheapest channels (``LOOKAHEAD`` times as many as it takes),
+    exactly as if they went one by one, and then updates all others at once.
+    """
+    order: list[IntArray] = []
+    spent: list[FloatArray] = []
+    alive = np.arange(n)
+    width = n // rows
+    while len(alive):
+        quota = max(1, len(alive) // rows // STEPS)
+        costs = np.sum([loss.costs() for loss in losses], axis=0)
+        near = np.sort(
+            costs.reshape(rows, -1).argsort(axis=1, kind="stable")[:, : LOOKAHEAD * quota]
+        )
+        candidates = (near + np.arange(rows)[:, None] * (len(alive) // rows)).ravel()
+        picked, paid = _pick([x.restricted(candidates) for x in losses], quota, near.shape)
+        gone = candidates[picked]
+        order.append(alive[gone])
+        spent.append(paid)
+        for loss in losses:
+            loss.remove(np.sort(gone))
+        alive = np.delete(alive, gone)
+    assert all(len(o) % rows == 0 for o in order) and width * rows == n
+    return _cumulative(np.concatenate(order), np.concatenate(spent))
+
+
+def _pick(
+    losses: Sequence[Loss], quota: int, shape: tuple[int, ...]
+) -> tuple[IntArray, FloatArray]:
+    """``quota`` of each row of ``shape`` [rows, candidates], one by one -> positions, losses."""
+    rows, each = shape
+    left = np.full(rows, quota)
+    alive = np.arange(rows * each)
+    picked, paid = np.empty(rows * quota, dtype=np.int64), np.empty(rows * quota)
+    for i in range(rows * quota):
+        costs = np.sum([loss.costs() for loss in losses], axis=0)
+        costs = np.where(left[alive // each] > 0, costs, np.inf)
+        at = int(costs.argmin())
+        picked[i], paid[i] = alive[at], costs[at]
+        left[alive[at] // each] -= 1
+        for loss in losses:
+            loss.remove(np.array([at]))
+        alive = np.delete(alive, at)
+    return picked, paid
+
+
+def _cumulative(order: IntArray, spent: FloatArray) -> FloatArray:
+    n = len(order)
+    total = np.cumsum(np.maximum(spent, 0.0))
+    scores = np.empty(n)
+    scores[order] = total + (total[-1] + 1e-30) * 1e-12 * np.arange(1, n + 1)
+    return scores

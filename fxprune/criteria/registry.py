@@ -1,0 +1,80 @@
+"""What a criterion is, and the criteria by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+
+from fxprune.errors import SpecError, unknown
+from fxprune.observe import Statistics
+from fxprune.types import FloatArray
+
+if TYPE_CHECKING:
+    from fxprune.traced import Traced
+
+Scores: TypeAlias = dict[str, FloatArray]
+Generator: TypeAlias = "np.random.Generator | torch.Generator"
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """Ranks the channels of every group that is not locked.
+
+    ``needs_data``: whether it reads the statistics of calibration data (None else). An optional
+    attribute ``observe`` holds keyword options that :func:`fxprune.observe.observe` has to run
+    with. The result has float64 [n] for each group; higher = keep.
+    """
+
+    @property
+    def needs_data(self) -> bool: ...
+
+    def __call__(
+        self, traced: Traced, statistics: Statistics | None, generator: Generator
+    ) -> Scores: ...
+
+
+_MADE: dict[str, Callable[[], Criterion]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[], Criterion]], Callable[[], Criterion]]:
+    """Decorator: a class or function without arguments that makes the criterion ``name``.
+
+    Raises SpecError when the name is taken.
+    """
+
+    def add(make: Callable[[], Criterion]) -> Callable[[], Criterion]:
+        if name in _MADE:
+            raise SpecError(f"the criterion {name!r} is registered already; choose another name")
+        _MADE[name] = make
+        return make
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Registered names, sorted."""
+    return tuple(sorted(_MADE))
+
+
+def get(criterion: str | Criterion) -> Criterion:
+    """A criterion by name, or the object itself. Raises SpecError for anything else."""
+    if isinstance(criterion, str):
+        if criterion not in _MADE:
+            raise unknown("criterion", criterion, _MADE)
+        return _MADE[criterion]()
+    if isinstance(criterion, Criterion) and callable(criterion):
+        return criterion
+    raise SpecError(
+        f"expected the name of a criterion ({', '.join(names())}) or a callable with the attribute "
+        f"needs_data; got {type(criterion).__name__}"
+    )
+
+
+def observe_options(criterion: Criterion) -> Mapping[str, Any]:
+    """Keyword options for ``observe``; without the attribute nothing beyond plain moments."""
+    plain = {"gamma": 0.0, "displacement": False}
+    options: Mapping[str, Any] = getattr(criterion, "observe", plain)
+    return options
