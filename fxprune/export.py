@@ -1,0 +1,483 @@
+"""Model + example inputs -> an ONNX file that was compared with the model in onnxruntime.
+
+Every way of exporting is an *attempt*; the first one whose file passes the comparison is kept:
+
+1. torch.export based exporter, dynamic batch
+2. TorchScript based exporter, dynamic batch
+3. torch.export based exporter, batch size of the example inputs
+4. TorchScript based exporter, batch size of the example inputs
+
+A file that differs from the model at the example's own batch size ends the search with an
+ExportError: another exporter would hide a wrong model, not repair it. A failure at other batch
+sizes means that the batch is not dynamic after all, and the next attempt follows. The report says
+which attempt was taken, and why the earlier ones were not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import ExportError, ModelError, OutputError, SpecError
+from fxprune.products import evaluating
+
+OPSETS = range(18, 24)
+"""Opsets that can be asked for: 18 is the oldest that the torch.export based exporter writes."""
+
+_TORCHSCRIPT_OPSETS = range(18, 21)
+_EMBED_LIMIT = 2_000_000_000
+"""Bytes; one protobuf file holds at most 2 GiB, so larger weights go into a second file."""
+
+_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far it is from the model.
+
+    path            the ONNX file
+    bytes           its size, with that of ``path + ".data"`` where the weights needed one
+    opset           opset of the default ONNX domain in the file
+    dynamic_batch   True: any batch size runs; False: only ``batch_sizes[0]``; ``notes`` say why
+    exporter        "torch.export" or "torchscript"
+    batch_sizes     the sizes that were compared in onnxruntime
+    errors          relative error at each of these sizes: max |a - b| / max |a|, worst output
+    tolerance       the largest relative error that was accepted
+    notes           attempts that were given up and why, and outputs that are zero everywhere
+    inputs, outputs names in the file, in order
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    dynamic_batch: bool
+    exporter: str
+    batch_sizes: tuple[int, ...]
+    errors: tuple[float, ...]
+    tolerance: float
+    notes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def max_error(self) -> float:
+        """Worst relative error over the compared batch sizes."""
+        return max(self.errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for result.json."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**body, "path": self.path.name, "max_error": self.max_error}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: what every attempt needs. ``sizes`` maps a batch size to its flat inputs."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    opset: int | None
+    tolerance: float
+    names_in: tuple[str, ...]
+    names_out: tuple[str, ...]
+    batch: int
+    batched: tuple[bool, ...]
+    samples: Mapping[int, tuple[Any, ...]]
+    expected: Mapping[int, tuple[NDArray[Any], ...]]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    exporter: str
+    dynamic: bool
+
+    def __str__(self) -> str:
+        return f"{self.exporter} with {'a dynamic' if self.dynamic else 'a fixed'} batch"
+
+
+class _Mismatch(Exception):
+    """The file runs but computes something else, or does not run, at one batch size."""
+
+    def __init__(self, batch: int, text: str) -> None:
+        super().__init__(text)
+        self.batch = batch
+
+
+@dataclass(frozen=True)
+class _Result:
+    errors: Mapping[int, float]
+    opset: int
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    tolerance: float = 1e-4,
+) -> ExportReport:
+    """Export ``model`` to ONNX at ``path`` and compare it with the model in onnxruntime.
+
+    example_inputs: a tensor [N, ...] or a tuple of the model's positional arguments (tensors, also
+    nested in tuples, lists and dicts); all tensors whose first dim is N share one batch dim.
+    Outputs may be nested; they are flattened in order, a dict's by its keys.
+
+    An existing file is replaced only by a checked one. Model modes, RNG state and the example
+    inputs are as they were. Raises SpecError (opset), ModelError (the model does not run),
+    OutputError (path), ExportError (cannot be exported, or the outputs differ by more than
+    ``tolerance``); after an error no file is left.
+    """
+    target = _writable(Path(path))
+    if opset is not None and opset not in OPSETS:
+        raise SpecError(
+            f"ONNX opset {opset} is not supported; "
+            f"choose from {OPSETS[0]} to {OPSETS[-1]}, or leave it out"
+        )
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with evaluating(model), _own_rng(), _exact_arithmetic(), _quiet():
+        job, notes = _prepare(model, inputs, opset, tolerance, dynamic_batch)
+        attempts = [_Attempt(e, d) for d in (True, False) for e in ("torch.export", "torchscript")]
+        for attempt in attempts:
+            if attempt.dynamic and len(job.samples) == 1:
+                continue
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fxprune-") as folder:
+                draft = Path(folder) / target.name
+                try:
+                    result = _try(job, attempt, draft)
+                except _Mismatch as e:
+                    if e.batch == job.batch:
+                        raise ExportError(f"{attempt}: {e}; nothing was written") from e
+                    notes.append(f"{attempt}: {e}")
+                    continue
+                except Exception as e:  # noqa: BLE001  exporters raise anything; kept as a note
+                    notes.append(f"{attempt}: {_one_line(e)}")
+                    continue
+                size = _move(draft, target)
+            return _report(job, attempt, result, target, size, notes)
+    raise ExportError(
+        "the model cannot be exported to ONNX; nothing was written. Tried:\n  " + "\n  ".join(notes)
+    )
+
+
+def _report(
+    job: _Job, attempt: _Attempt, result: _Result, target: Path, size: int, notes: Sequence[str]
+) -> ExportReport:
+    sizes = tuple(sorted(result.errors))
+    return ExportReport(
+        path=target,
+        bytes=size,
+        opset=result.opset,
+        dynamic_batch=attempt.dynamic,
+        exporter=attempt.exporter,
+        batch_sizes=sizes,
+        errors=tuple(result.errors[n] for n in sizes),
+        tolerance=job.tolerance,
+        notes=tuple(notes),
+        inputs=job.names_in,
+        outputs=job.names_out,
+    )
+
+
+# --- what is compared -----------------------------------------------------------------------
+
+
+def _prepare(
+    model: nn.Module, inputs: tuple[Any, ...], opset: int | None, tolerance: float, dynamic: bool
+) -> tuple[_Job, list[str]]:
+    """Inputs and the model's own outputs at every batch size to compare, and what went wrong."""
+    leaves = pytree.tree_leaves(inputs)
+    if not leaves or not all(isinstance(x, Tensor) for x in leaves):
+        kinds = ", ".join(type(x).__name__ for x in leaves) or "nothing"
+        raise ModelError(f"expected tensors as example inputs, got {kinds}")
+    batch = next((int(x.shape[0]) for x in leaves if x.dim()), 0)
+    batched = tuple(x.dim() > 0 and int(x.shape[0]) == batch for x in leaves)
+    notes: list[str] = []
+    sizes = [batch]
+    if not dynamic:
+        notes.append("a fixed batch was asked for")
+    elif batch == 0:
+        notes.append("the example inputs have no batch dim")
+    else:
+        sizes = sorted({1, 2, 3, batch} if batch < 3 else {1, 3, batch})
+    samples: dict[int, tuple[Any, ...]] = {}
+    expected: dict[int, tuple[NDArray[Any], ...]] = {}
+    names_out: tuple[str, ...] = ()
+    for n in sorted(sizes, key=lambda n: n != batch):
+        given = _at_batch(inputs, batched, n)
+        try:
+            output = model(*given)
+        except Exception as e:
+            if n == batch:
+                raise ModelError(
+                    f"the model does not run on the example inputs: {_one_line(e)}"
+                ) from e
+            notes.append(f"fixed batch, since the model itself fails at batch {n}: {_one_line(e)}")
+            samples, expected = {batch: samples[batch]}, {batch: expected[batch]}
+            break
+        named = _named_outputs(output)
+        samples[n], expected[n] = given, tuple(_numpy(t) for t in named.values())
+        names_out = tuple(named)
+    notes += _check_outputs(names_out, expected[batch])
+    names_in = ("input",) if len(leaves) == 1 else tuple(f"input_{i}" for i in range(len(leaves)))
+    job = _Job(
+        model, inputs, opset, tolerance, names_in, names_out, batch, batched, samples, expected
+    )
+    return job, notes
+
+
+def _check_outputs(names: Sequence[str], arrays: Sequence[NDArray[Any]]) -> list[str]:
+    """ModelError for outputs that are not finite; a note for those that are always zero."""
+    notes = []
+    if not arrays:
+        raise ModelError("the model returns no tensor, so there is nothing to export")
+    for name, a in zip(names, arrays, strict=True):
+        if not np.isfinite(a).all():
+            raise ModelError(f"output {name!r} of the model holds NaN or Inf on the example inputs")
+        if a.size and not a.any():
+            notes.append(f"output {name!r} is zero everywhere, so its comparison proves nothing")
+    return notes
+
+
+def _at_batch(inputs: tuple[Any, ...], batched: Sequence[bool], n: int) -> tuple[Any, ...]:
+    """Inputs of batch size n: the example's samples in turn, each a little different."""
+    leaves, spec = pytree.tree_flatten(inputs)
+    generator = torch.Generator().manual_seed(n)
+    made = []
+    for x, is_batched in zip(leaves, batched, strict=True):
+        y = x.detach()
+        if is_batched:
+            y = y[torch.arange(n, device=y.device) % y.shape[0]]
+        if y.is_floating_point():
+            noise = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)
+            # An input of a single value (zeros, ones) would hide most errors.
+            flat = x.numel() == 0 or bool((x == x.flatten()[0]).all())
+            y = y + noise if flat else y * (1 + 0.1 * noise)
+        made.append(y.contiguous())
+    return tuple(pytree.tree_unflatten(made, spec))
+
+
+def _named_outputs(output: Any) -> dict[str, Tensor]:
+    """Tensors of a nested output in order; a dict's are named by their keys."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    pairs, _ = pytree.tree_flatten_with_path(output)
+    named: dict[str, Tensor] = {}
+    for path, leaf in pairs:
+        if isinstance(leaf, Tensor):
+            keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
+            text = "_".join(keys)
+            name = f"output_{text}" if not text or text[0].isdigit() else text
+            named[name if name not in named else f"{name}_{len(named)}"] = leaf
+    return named
+
+
+def _numpy(t: Tensor) -> NDArray[Any]:
+    t = t.detach().cpu()
+    return np.asarray((t.float() if t.dtype is torch.bfloat16 else t).numpy())
+
+
+# --- one attempt ----------------------------------------------------------------------------
+
+
+def _try(job: _Job, attempt: _Attempt, draft: Path) -> _Result:
+    """Export to ``draft`` and compare it. Raises _Mismatch, or whatever the exporter raises."""
+    if attempt.exporter == "torch.export":
+        _torch_export(job, attempt.dynamic, draft)
+    else:
+        _torchscript(job, attempt.dynamic, draft)
+    import onnx
+
+    onnx.checker.check_model(str(draft))
+    header = onnx.load(str(draft), load_external_data=False)
+    opset = max(o.version for o in header.opset_import if o.domain in ("", "ai.onnx"))
+    if job.opset is not None and opset != job.opset:
+        raise RuntimeError(f"the exporter wrote opset {opset} where {job.opset} was asked for")
+    session = _session(draft)
+    names = [i.name for i in session.get_inputs()]
+    sizes = list(job.samples) if attempt.dynamic else [job.batch]
+    return _Result({n: _compare(job, n, session, names) for n in sizes}, opset)
+
+
+def _torch_export(job: _Job, dynamic: bool, draft: Path) -> None:
+    # Sizes 0 and 1 are taken as constants by torch.export, so a dynamic batch is traced at 2 or 3.
+    n = min(k for k in job.samples if k > 1) if dynamic else job.batch
+    args = job.samples[n]
+    shapes = None
+    if dynamic:
+        dim, shapes = torch.export.Dim("batch"), torch.export.ShapesCollection()
+        for x, is_batched in zip(pytree.tree_leaves(args), job.batched, strict=True):
+            if is_batched:
+                shapes[x] = {0: dim}
+    traced = torch.export.export(job.model, args, dynamic_shapes=shapes, strict=False)
+    program = torch.onnx.export(
+        traced,
+        args,
+        input_names=list(job.names_in),
+        output_names=list(job.names_out),
+        opset_version=job.opset,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    if dynamic:
+        _name_batch_dim(program, job.batched.index(True))
+    state = [*job.model.parameters(), *job.model.buffers()]
+    large = sum(t.numel() * t.element_size() for t in state) >= _EMBED_LIMIT
+    program.save(str(draft), external_data=large)
+
+
+def _name_batch_dim(program: Any, position: int) -> None:
+    """The exporter numbers its dims ("s77"); a reader of the file should see "batch"."""
+    rename = getattr(program, "rename_axes", None)  # newer than torch 2.6
+    symbol = str(program.model.graph.inputs[position].shape[0])
+    if rename is not None and not symbol.isdigit():
+        rename({symbol: "batch"})
+
+
+def _torchscript(job: _Job, dynamic: bool, draft: Path) -> None:
+    if job.opset is not None and job.opset not in _TORCHSCRIPT_OPSETS:
+        raise RuntimeError(f"this exporter ends at opset {_TORCHSCRIPT_OPSETS[-1]}")
+    pairs = [
+        *zip(job.names_in, job.batched, strict=True),
+        *((name, True) for name in job.names_out),
+    ]
+    axes = {name: {0: "batch"} for name, is_batched in pairs if is_batched} if dynamic else None
+    n = max(job.samples) if dynamic else job.batch
+    torch.onnx.export(
+        job.model,
+        job.samples[n],
+        str(draft),
+        input_names=list(job.names_in),
+        output_names=list(job.names_out),
+        opset_version=job.opset or _TORCHSCRIPT_OPSETS[-1],
+        dynamic_axes=axes,
+        dynamo=False,
+        verbose=False,
+    )
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _compare(job: _Job, n: int, session: Any, names: Sequence[str]) -> float:
+    """Relative error at batch size n; raises _Mismatch above the tolerance."""
+    leaves = pytree.tree_leaves(job.samples[n])
+    if len(names) != len(leaves):
+        raise RuntimeError(f"the file has {len(names)} inputs where the model has {len(leaves)}")
+    feed = {name: _numpy(x) for name, x in zip(names, leaves, strict=True)}
+    try:
+        outputs = session.run(None, feed)
+    except Exception as e:
+        raise RuntimeError(f"onnxruntime fails at batch {n}: {_one_line(e)}") from e
+    expected = job.expected[n]
+    if len(outputs) != len(expected):
+        raise RuntimeError(f"{len(outputs)} outputs in onnxruntime, {len(expected)} in torch")
+    worst = 0.0
+    for name, a, b in zip(job.names_out, expected, outputs, strict=True):
+        error = relative_error(a, np.asarray(b))
+        if not error <= job.tolerance:
+            raise _Mismatch(
+                n,
+                f"output {name!r} differs in onnxruntime at batch {n}: relative error {error:.2e}, "
+                f"tolerance {job.tolerance:.0e}",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(expected: NDArray[Any], got: NDArray[Any]) -> float:
+    """max |expected - got| / max |expected|, in float64; inf for another shape or NaN.
+
+    Where ``expected`` is zero everywhere: max |got|.
+    """
+    if expected.shape != got.shape:
+        return float("inf")
+    if expected.size == 0:
+        return 0.0
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    error = float(np.abs(a - b).max()) / (float(np.abs(a).max()) or 1.0)
+    return error if np.isfinite(error) else float("inf")
+
+
+# --- surroundings ---------------------------------------------------------------------------
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of an ONNX file")
+    if not path.parent.is_dir():
+        raise OutputError(f"folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"folder {path.parent} cannot be written")
+    return path
+
+
+def _move(draft: Path, target: Path) -> int:
+    """Put the checked file (and its external weights, first) in place; the total size in bytes."""
+    size = 0
+    for part in sorted(draft.parent.iterdir(), key=lambda p: p.name == draft.name):
+        size += part.stat().st_size
+        os.replace(part, target.parent / part.name)
+    return size
+
+
+def _one_line(e: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(e).split()) or "no message"
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return f"{type(e).__name__}: {text}"
+
+
+@contextmanager
+def _own_rng() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+@contextmanager
+def _exact_arithmetic() -> Iterator[None]:
+    """No TensorFloat-32 in the model's own outputs, where they come from a GPU."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' progress and advice; what matters of it is in the report."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
