@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ class Fake:
         kept = counts * rows
         ones = np.full(len(counts), 3, dtype=np.int64)
         widths = [kept[:, list(w)].prod(axis=1) if w else ones for w in self.layers]
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         macs = sum(a * u * v for a, (u, v) in zip(self.area, pairs, strict=True))
         params = sum(u * v for u, v in pairs)
         return SimpleNamespace(macs=macs, params=params, bytes=4 * params)

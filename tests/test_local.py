@@ -127,7 +127,7 @@ def test_workers_do_not_change_the_result() -> None:
 
 def test_the_seed_decides_and_global_random_state_is_left_alone() -> None:
     fake = chain(np.random.default_rng(4), [64, 96, 48, 80, 128, 256])
-    before = np.random.get_state()[1].tolist()
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
     runs = {}
     for seed in (0, 1, 0):
         made = problem(fake, 0.4, fitness=rough(fake, 4))
@@ -135,7 +135,7 @@ def test_the_seed_decides_and_global_random_state_is_left_alone() -> None:
         text = allocate.get("local")(made).to_json()
         assert runs.setdefault(seed, text) == text
     assert runs[0] != runs[1]
-    assert np.random.get_state()[1].tolist() == before
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
 
 
 def test_a_fitness_that_is_not_finite_is_never_accepted() -> None:

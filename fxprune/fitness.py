@@ -1,0 +1,159 @@
+"""How good is a plan? Measured on the really pruned and repaired model, lower is better.
+
+Without labels: the divergence of the pruned model's outputs from the original's, on calibration
+samples that neither the criterion nor the repair has seen. Or the user's own ``evaluate``.
+
+Legend for shapes: N samples, K classes, * further dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.cut import cut
+from fxprune.errors import DataError, InputError, ModelError
+from fxprune.traced import Traced
+from fxprune.types import PrunePlan
+
+Repair: TypeAlias = Callable[[PrunePlan, fx.GraphModule], object]
+Evaluate: TypeAlias = Callable[[Any], float]
+LEAST_PROBABILITY = 1e-12
+
+
+def candidate(traced: Traced, plan: PrunePlan, repair: Repair | None) -> fx.GraphModule:
+    """The pruned model of a plan, repaired in one shot; a new object in eval mode.
+
+    ``repair(plan, graph_module)`` changes the graph module in place.
+    """
+    module = cut(traced, plan)
+    if repair is not None:
+        repair(plan, module)
+    return module
+
+
+class KLFitness:
+    """Mean divergence from the original's outputs after cut and repair; a callable for plans.
+
+    - one tensor [N, K] or [N, K, *, *]: Kullback-Leibler divergence in nats over dim 1, averaged
+      over samples and positions; outputs that already are probabilities are taken as they are;
+    - anything else (several tensors, [N, T, D], one class): squared error relative to the
+      original's squared norm, averaged over the floating tensors.
+
+    The original runs once, when this is made. Calls may come from several threads.
+    ``batches``: each a tensor or a tuple of positional inputs, on the model's device. Raises
+    DataError where there are none, ModelError where the output holds no floating tensor.
+    """
+
+    def __init__(self, traced: Traced, repair: Repair | None, batches: Sequence[Any]) -> None:
+        if not batches:
+            raise DataError("no held-out batches to compare outputs on; give at least one")
+        self._traced, self._repair = traced, repair
+        self._batches = [b if isinstance(b, tuple) else (b,) for b in batches]
+        with torch.no_grad():
+            self._references = [refer(traced.graph_module(*b)) for b in self._batches]
+
+    def __call__(self, plan: PrunePlan) -> float:
+        return self.of(candidate(self._traced, plan, self._repair))
+
+    def of(self, module: Callable[..., Any]) -> float:
+        """The divergence of any model in eval mode on the same inputs; inf where not finite."""
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for batch, reference in zip(self._batches, self._references, strict=True):
+                total += reference.divergence(module(*batch)) * reference.samples
+                samples += reference.samples
+        value = total / samples
+        return value if math.isfinite(value) else math.inf
+
+
+class EvaluateFitness:
+    """The user's ``evaluate(model) -> float`` (higher is better), negated; a callable for plans.
+
+    The model is a pruned and repaired GraphModule in eval mode. Raises InputError where
+    ``evaluate`` gives something else than a number.
+    """
+
+    def __init__(self, traced: Traced, repair: Repair | None, evaluate: Evaluate) -> None:
+        self._traced, self._repair, self._evaluate = traced, repair, evaluate
+
+    def __call__(self, plan: PrunePlan) -> float:
+        value = self._evaluate(candidate(self._traced, plan, self._repair))
+        try:
+            return -float(value)
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"evaluate(model) must return one number, higher is better; got {value!r}"
+            ) from e
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original gives for one batch.
+
+    classes        whether ``outputs`` is one tensor of log-probabilities [N, K, *]
+    probabilities  whether the model itself gives probabilities rather than logits
+    outputs        float64
+    """
+
+    samples: int
+    classes: bool
+    probabilities: bool
+    outputs: tuple[Tensor, ...]
+
+    def divergence(self, output: Any) -> float:
+        """Of another model's output for the same batch, averaged over samples."""
+        tensors = [t.double() for t in floating(output)]
+        if self.classes:
+            p, q = self.outputs[0], log_probabilities(tensors[0], self.probabilities)
+            return float((p.exp() * (p - q)).sum(dim=1).mean())
+        errors = [
+            float((y - x).square().sum() / x.square().sum().clamp_min(1e-300))
+            for x, y in zip(self.outputs, tensors, strict=True)
+        ]
+        return sum(errors) / len(errors)
+
+
+def refer(output: Any) -> Reference:
+    """The reference that an original's output makes."""
+    tensors = [t.double() for t in floating(output)]
+    if not tensors:
+        raise ModelError(
+            f"the model's output holds no floating tensor to compare ({type(output).__name__}); "
+            "give evaluate=, a function of the model that returns a number"
+        )
+    first = tensors[0]
+    samples = len(first) if first.ndim else 1
+    if isinstance(output, Tensor) and first.ndim not in (0, 1, 3) and first.shape[1] > 1:
+        probabilities = _are_probabilities(first)
+        return Reference(samples, True, probabilities, (log_probabilities(first, probabilities),))
+    return Reference(samples, False, False, tuple(tensors))
+
+
+def log_probabilities(x: Tensor, probabilities: bool) -> Tensor:
+    """[N, K, *] logits, or probabilities, -> float64 log-probabilities over dim 1."""
+    x = x.double()
+    return x.clamp_min(LEAST_PROBABILITY).log() if probabilities else x.log_softmax(dim=1)
+
+
+def _are_probabilities(x: Tensor) -> bool:
+    """Whether [N, K, *] is nowhere negative and sums to one over dim 1."""
+    return bool((x >= 0).all()) and bool(((x.sum(dim=1) - 1).abs() < 1e-3).all())
+
+
+def floating(output: Any) -> Iterator[Tensor]:
+    """Floating tensors of nested tuples, lists and mappings, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from floating(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from floating(value)
