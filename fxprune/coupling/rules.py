@@ -237,20 +237,28 @@ def _repeat(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
     labels.put(out, fields)
 
 
-def _taken(labels: Labels, f: IntArray, dim: int, index: Any) -> IntArray:
-    """``f`` indexed along one dim, where it varies."""
-    if f.shape[dim] == 1:
-        return f
-    labels.uniform(f, dim)
-    if labels.opaque:
-        labels.lock(f, "indexed inside an opaque module")
-    return f[(slice(None),) * dim + (index,)]
+def _taken(labels: Labels, fields: Fields, dim: int, index: slice) -> Fields:
+    """Fields indexed along one dim. A single position cannot be asked for and go: it is mixed."""
+    taken: Fields = []
+    for f in fields:
+        g: IntArray | None = f
+        if f.shape[dim] > 1:
+            if labels.opaque:
+                labels.lock(f, "indexed inside an opaque module")
+            if len(range(*index.indices(f.shape[dim]))) == 1:
+                g = labels.mix(f, [dim], "indexed by number")
+            else:
+                labels.uniform(f, dim)
+                g = f[(slice(None),) * dim + (index,)]
+        if g is not None:
+            taken.append(g)
+    return taken
 
 
 @register("aten.select")
 def _select(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     x, dim, i = args[0], args[1] % args[0].dim(), args[2] % args[0].shape[args[1]]
-    taken = [_taken(labels, f, dim, slice(i, i + 1)) for f in labels.of(x)]
+    taken = _taken(labels, labels.of(x), dim, slice(i, i + 1))
     labels.put(out, [f.squeeze(dim) for f in taken])
 
 
@@ -262,7 +270,7 @@ def _slice(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
         labels.put(out, list(labels.of(x)))
         return
     start = start or 0
-    labels.put(out, [_taken(labels, f, dim, slice(start, stop, step)) for f in labels.of(x)])
+    labels.put(out, _taken(labels, labels.of(x), dim, slice(start, stop, step)))
 
 
 @register("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk", "aten.unsafe_chunk")
@@ -272,7 +280,7 @@ def _split(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any
     start = 0
     for part in out:
         stop = start + part.shape[dim]
-        labels.put(part, [_taken(labels, f, dim, slice(start, stop)) for f in labels.of(x)])
+        labels.put(part, _taken(labels, labels.of(x), dim, slice(start, stop)))
         start = stop
 
 
@@ -280,7 +288,7 @@ def _split(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any
 def _unbind(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     dim = (args[1] if len(args) > 1 else 0) % args[0].dim()
     for i, part in enumerate(out):
-        taken = [_taken(labels, f, dim, slice(i, i + 1)) for f in labels.of(args[0])]
+        taken = _taken(labels, labels.of(args[0]), dim, slice(i, i + 1))
         labels.put(part, [f.squeeze(dim) for f in taken])
 
 

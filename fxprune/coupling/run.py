@@ -26,6 +26,7 @@ class Traits:
     shape: tuple[int, ...]
     dtype: torch.dtype
     fields: tuple[IntArray, ...]
+    learnable: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def label_run(captured: Captured) -> Run:
     for name, t in list(gm.named_parameters()) + list(gm.named_buffers()):
         if t.is_floating_point():
             labels.parameter(t)
-        parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)))
+        learnable = isinstance(t, torch.nn.Parameter)
+        parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     mode = _LabelMode(labels, names, parameters)
     values: dict[str, Any] = {}
     inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
