@@ -1,0 +1,229 @@
+"""Model specs: a short text -> a model with example inputs.
+
+    torchvision:NAME         torchvision.models, without weights unless they are asked for
+    timm:NAME                timm, likewise (the extra "timm")
+    FILE.py:FACTORY          a function or class without required arguments in a Python file
+    package.module:FACTORY   the same in an importable module
+
+A factory returns a model, or (model, example inputs).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.checkpoint import check_finite, load_state, read_state
+from fxprune.errors import FxpruneError, ModelError, SpecError, unknown
+
+PRETRAINED = "default"
+"""The ``weights`` that ask a model library for its own; only this may download."""
+
+_FORMS = "expected torchvision:NAME, timm:NAME, FILE.py:FACTORY or package.module:FACTORY"
+
+
+def load_model(
+    spec: str, weights: str | None = None, input_shape: str | None = None, seed: int = 0
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The model of ``spec`` and example inputs (standard normal, or the factory's own).
+
+    weights      file (see checkpoint.read_state), "default" for the library's own, or None
+    input_shape  "1x3x224x224", several inputs separated by commas; None: what the library or the
+                 factory says
+    seed         for initial weights and example inputs; the global RNG state is left alone
+
+    Raises SpecError (the spec, the shape) or ModelError (the factory fails, weights do not fit or
+    are not finite).
+    """
+    shapes = parse_shapes(input_shape) if input_shape else None
+    source, _, name = spec.partition(":")
+    if not source or not name:
+        raise SpecError(f"model {spec!r} is not a model spec; {_FORMS}")
+    file = None if weights in (None, PRETRAINED) else weights
+    state = read_state(file) if file else None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if source == "torchvision":
+            model, default = _torchvision(name, weights == PRETRAINED)
+        elif source == "timm":
+            model, default = _timm(name, weights == PRETRAINED)
+        elif weights == PRETRAINED:
+            raise SpecError(
+                f"only torchvision: and timm: models have default weights, not {spec!r}"
+            )
+        else:
+            model, default = _from_factory(spec)
+        inputs = default if shapes is None else tuple(torch.randn(s) for s in shapes)
+    if inputs is None:
+        raise SpecError(
+            f"the input shape of {spec} is not known; give --input, for example --input 1x3x224x224"
+        )
+    if state is not None:
+        load_state(model, state, f"weights {file}")
+    check_finite(model)
+    return model, inputs
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, ...], ...]:
+    """``"1x3x224x224,1x10"`` -> ((1, 3, 224, 224), (1, 10)). Raises SpecError."""
+    shapes = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*[1-9]\d*(\s*[xX]\s*[1-9]\d*)*\s*", part):
+            raise SpecError(
+                f"input shape {text!r}: expected sizes joined by x with the batch first, like "
+                "1x3x224x224, and commas between several inputs"
+            )
+        shapes.append(tuple(int(n) for n in re.split(r"\s*[xX]\s*", part.strip())))
+    return tuple(shapes)
+
+
+# --- model libraries ----------------------------------------------------------------------------
+
+
+def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise unknown("torchvision model", name, models.list_models())
+    builder = models.get_model_builder(name)
+    weights = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {"weights": weights if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None  # the default would be downloaded
+    with warnings.catch_warnings():
+        # GoogLeNet and Inception announce a future change of their initial weights.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = _call(f"torchvision:{name}", lambda: builder(**options))
+    transforms = _call(f"torchvision:{name}", weights.transforms)
+    size = getattr(transforms, "crop_size", None) or [224]
+    height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
+    return model, (torch.randn(1, 3, int(height), int(width)),)
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    try:
+        import timm
+    except ImportError as e:
+        raise SpecError(
+            f"timm:{name} needs the package timm; install the extra: pip install fxprune[timm]"
+        ) from e
+    if name.split(".")[0] not in timm.list_models():
+        raise unknown("timm model", name, timm.list_models())
+    model = _call(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return model, (torch.randn(1, *config.get("input_size", (3, 224, 224))),)
+
+
+# --- the user's own code ------------------------------------------------------------------------
+
+
+def _from_factory(spec: str) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+    place, _, name = spec.rpartition(":")
+    folder = Path(place).absolute().parent if place.endswith(".py") else Path.cwd()
+    with _importable(folder):
+        module = _load_file(place, spec) if place.endswith(".py") else _load_module(place, spec)
+        factory = getattr(module, name, None)
+        if factory is None:
+            raise unknown(f"factory in {place}", name, _factories(module))
+        if not callable(factory):
+            raise SpecError(
+                f"{spec}: {name} is a {type(factory).__name__}, not a function or class"
+            )
+        _check_arguments(spec, factory)
+        made = _call(spec, factory)
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{spec} returned {type(model).__name__}; expected a torch.nn.Module, or a pair "
+            "(module, example inputs)"
+        )
+    if inputs is not None and not isinstance(inputs, tuple):
+        inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
+    return model, inputs
+
+
+def _load_file(place: str, spec: str) -> ModuleType:
+    path = Path(place).absolute()
+    if not path.is_file():
+        raise SpecError(f"{spec}: file {place} does not exist")
+    # Registered, so that dataclasses and type hints in the file resolve.
+    name = f"_fxprune_spec_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise SpecError(f"{spec}: {place} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    _call(spec, lambda: found.loader.exec_module(module))  # type: ignore[union-attr]
+    return module
+
+
+def _load_module(place: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{place}.".startswith(f"{e.name}."):
+            raise ModelError(f"{spec}: importing {place} failed: {e}") from e
+        raise SpecError(f"{spec}: there is no module or model library {place!r}; {_FORMS}") from e
+    except Exception as e:
+        raise ModelError(f"{spec}: importing {place} failed: {type(e).__name__}: {e}") from e
+
+
+def _factories(module: ModuleType) -> list[str]:
+    """Public names in the module that can be called."""
+    return [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+
+
+def _check_arguments(spec: str, factory: Callable[..., Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # built in code has no signature; calling it will tell
+        return
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if required:
+        raise SpecError(
+            f"{spec} needs arguments ({', '.join(required)}); give a function without required "
+            "arguments that builds the model"
+        )
+
+
+def _call(spec: str, factory: Callable[[], Any]) -> Any:
+    """Run someone else's code; ModelError that says what it raised and where."""
+    try:
+        return factory()
+    except FxpruneError:
+        raise
+    except Exception as e:
+        frame = e.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        where = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame else ""
+        raise ModelError(f"{spec} failed: {type(e).__name__}: {e}{where}") from e
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Imports find modules in ``folder`` first, as they do for a script that lies there."""
+    entry = os.fspath(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)
