@@ -1,0 +1,199 @@
+"""Traced + PrunePlan -> a smaller model, as a new fx.GraphModule; nothing of the input changes.
+
+Every tensor's kept positions are known from its labels, so each parameter is gathered once, module
+attributes are read off the new parameters, and constants of the graph are rewritten (``rewrite``).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import ModelError
+from fxprune.rewrite import Rewriter
+from fxprune.sizes import Sizes
+from fxprune.trace import LEAVES
+from fxprune.traced import Traced
+from fxprune.types import IntArray, PrunePlan
+
+
+def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
+    """The pruned graph, eval mode, own tensors; node and parameter names as in the traced graph.
+
+    Raises PlanError when the plan is not one of this model.
+    """
+    keep = traced.keep(plan)
+    sizes = Sizes(traced, keep)
+    source = traced.graph_module
+    tensors = _sliced(source, sizes)
+    modules = _modules(source, tensors, sizes)
+    graph = Rewriter(source.graph, sizes).run()
+    result = fx.GraphModule(_attributes(source, tensors, modules), graph, source.__class__.__name__)
+    result.eval()
+    return result
+
+
+def _sliced(source: nn.Module, sizes: Sizes) -> dict[int, Tensor]:
+    """id of each parameter and buffer -> its new tensor."""
+    new: dict[int, Tensor] = {}
+    for name, t in list(source.named_parameters()) + list(source.named_buffers()):
+        value = t.detach()
+        for d in range(t.dim()):
+            index = sizes.kept_index(name, d)
+            if index is not None:
+                value = value.index_select(d, torch.from_numpy(index).to(value.device))
+        if value.data_ptr() == t.data_ptr():
+            value = value.clone(memory_format=torch.preserve_format)
+        made = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
+        new[id(t)] = made
+    return new
+
+
+def _modules(
+    source: fx.GraphModule, tensors: dict[int, Tensor], sizes: Sizes
+) -> dict[str, nn.Module]:
+    """New leaf modules for every call_module target, attributes in step with their parameters."""
+    inputs: dict[str, str] = {}
+    for node in source.graph.nodes:
+        if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
+            inputs.setdefault(str(node.target), node.args[0].name)
+    made: dict[int, nn.Module] = {}
+    modules = {}
+    for node in source.graph.nodes:
+        if node.op == "call_module":
+            path = str(node.target)
+            old = source.get_submodule(path)
+            if id(old) not in made:
+                made[id(old)] = copy_module(old, tensors)
+                fit(made[id(old)], old, sizes.channel_classes(inputs.get(path)), sizes)
+            modules[path] = made[id(old)]
+    return modules
+
+
+def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers are replaced as ``tensors`` (by id) says."""
+    if next(module.children(), None) is not None:
+        return copy.deepcopy(module, dict(tensors))
+    new = copy.copy(module)
+    new._parameters = {
+        k: None if p is None else tensors.get(id(p), p) for k, p in module._parameters.items()
+    }  # type: ignore[assignment]
+    new._buffers = {
+        k: None if b is None else tensors.get(id(b), b) for k, b in module._buffers.items()
+    }
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_modules"):
+        new.__dict__[name] = type(module.__dict__[name])(module.__dict__[name])
+    return new
+
+
+def fit(new: nn.Module, old: nn.Module, classes: IntArray | None, sizes: Sizes) -> None:
+    """Attributes that mirror shapes follow the new parameters.
+
+    ``classes`` [C]: channel classes of the module's input, None where it has none.
+    """
+    if isinstance(new, nn.modules.conv._ConvNd):
+        a, b = new.weight.shape[:2]
+        new.groups = sizes.kept_rows(classes, new.groups)
+        new.in_channels = a if new.transposed else b * new.groups
+        new.out_channels = b * new.groups if new.transposed else a
+    elif isinstance(new, nn.Linear):
+        new.out_features, new.in_features = new.weight.shape
+    elif isinstance(new, nn.modules.batchnorm._NormBase):
+        kept = sizes.kept_count(classes)
+        new.num_features = new.num_features if kept is None else kept
+    elif isinstance(new, (nn.LayerNorm, nn.RMSNorm)):
+        if new.weight is not None:
+            new.normalized_shape = tuple(new.weight.shape)
+        elif classes is not None and len(new.normalized_shape) == 1:
+            new.normalized_shape = (sizes.kept_count(classes) or new.normalized_shape[0],)
+    elif isinstance(new, nn.GroupNorm):
+        kept = sizes.kept_count(classes)
+        new.num_groups = sizes.kept_rows(classes, new.num_groups)
+        new.num_channels = new.num_channels if kept is None else kept
+    elif isinstance(new, nn.Embedding):
+        new.num_embeddings, new.embedding_dim = new.weight.shape
+    elif isinstance(new, nn.PReLU):
+        new.num_parameters = new.weight.numel()
+
+
+def _attributes(
+    source: fx.GraphModule, tensors: dict[int, Tensor], modules: dict[str, nn.Module]
+) -> dict[str, Any]:
+    """Everything the new graph module holds, by qualified name."""
+    held: dict[str, Any] = dict(modules)
+    inside = tuple(f"{path}." for path in modules)
+    for name, t in list(source.named_parameters(remove_duplicate=False)) + list(
+        source.named_buffers(remove_duplicate=False)
+    ):
+        if not name.startswith(inside):
+            held[name] = tensors[id(t)]
+    for node in source.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in held:
+            value: Any = source
+            for atom in str(node.target).split("."):
+                value = getattr(value, atom)
+            held[str(node.target)] = value
+    return held
+
+
+def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn.Module | None:
+    """An instance of the user's class with the parameters of ``pruned``, or None.
+
+    None where that class does not run at the new widths, or does not compute what the graph
+    computes on the example inputs.
+    """
+    base = traced.captured.base
+    new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
+        pruned.named_buffers(remove_duplicate=False)
+    )
+    memo: dict[int, Tensor] = {}
+    for name, t in list(base.named_parameters()) + list(base.named_buffers()):
+        if name in new:
+            memo[id(t)] = new[name]
+    model: nn.Module = copy.deepcopy(base, memo)
+    for name, module in model.named_modules():
+        if isinstance(module, LEAVES):
+            twin = dict(pruned.named_modules()).get(name) if name else None
+            if twin is not None and type(twin) is type(module):
+                own = module.__dict__
+                own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
+    model.eval()
+    return model if _same(model, pruned, traced.example_inputs) else None
+
+
+def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    rng = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            x, y = (
+                [t for t in _leaves(m(*copy.deepcopy(inputs))) if isinstance(t, Tensor)] for m in (a, b)
+            )
+    except Exception:  # noqa: BLE001 - any failure means: this class cannot run at these widths
+        return False
+    finally:
+        torch.set_rng_state(rng)
+    return len(x) == len(y) and all(
+        p.shape == q.shape and torch.allclose(p, q, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for p, q in zip(x, y, strict=True)
+    )
+
+
+def _leaves(value: Any) -> list[Any]:
+    leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
+    return leaves
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ModelError naming the first parameter or buffer that holds NaN or Inf."""
+    for name, t in list(model.named_parameters()) + list(model.named_buffers()):
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            bad = int((~torch.isfinite(t)).sum())
+            raise ModelError(
+                f"weights must be finite: {name} {tuple(t.shape)} holds {bad} NaN or Inf values; "
+                "load other weights"
+            )
+
+

@@ -1,0 +1,371 @@
+"""Constants of a graph that follow a cut: shapes, split sizes, slices, groups, scales.
+
+A size used as a shape takes its new value; a size used as a number in the arithmetic on tensors
+keeps its original value, so that the pruned graph computes what the original computes without the
+removed channels. One handler for each family of calls, by the name of the function or method.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.coupling.run import Traits
+from fxprune.errors import InternalError
+from fxprune.sizes import Sizes
+
+Handler = Callable[["Rewriter", fx.Node, fx.Node], None]
+HANDLERS: dict[str, Handler] = {}
+
+
+def register(*names: str) -> Callable[[Handler], Handler]:
+    """Register a handler ``(rewriter, old node, new node)``; a second one for a name is refused."""
+
+    def add(handler: Handler) -> Handler:
+        for name in names:
+            if name in HANDLERS:
+                raise InternalError(f"call {name} has a rewriting rule already")
+            HANDLERS[name] = handler
+        return handler
+
+    return add
+
+
+class Rewriter:
+    """Copies a graph and rewrites the constants that the plan changes."""
+
+    def __init__(self, source: fx.Graph, sizes: Sizes) -> None:
+        self.source, self.sizes = source, sizes
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.originals: dict[fx.Node, Any] = {}
+
+    def run(self) -> fx.Graph:
+        for old in self.source.nodes:
+            new = self.graph.node_copy(old, lambda n: self.env[n])
+            self.env[old] = new
+            with self.graph.inserting_before(new):
+                self._rewrite(old, new)
+        self._prune_sizes()
+        self.graph.lint()
+        return self.graph
+
+    def _rewrite(self, old: fx.Node, new: fx.Node) -> None:
+        if old.op not in ("call_function", "call_method"):
+            return
+        handler = HANDLERS.get(_name(old))
+        if handler is not None and _makes_tensors(self.sizes.old(old)):
+            handler(self, old, new)
+        elif _makes_tensors(self.sizes.old(old)) or self.sizes.old(old) is None:
+            self.keep_numbers(old, new)
+
+    # -- numbers ------------------------------------------------------------------------------
+
+    def keep_numbers(self, old: fx.Node, new: fx.Node, but: tuple[Any, ...] = ()) -> None:
+        """Sizes that the plan changes keep their original value as numbers in ``new``."""
+
+        def original(n: fx.Node) -> Any:
+            return self.original(n) if n not in but else self.env[n]
+
+        new.args = fx.node.map_arg(old.args, original)
+        new.kwargs = fx.node.map_arg(old.kwargs, original)
+
+    def original(self, node: fx.Node) -> Any:
+        """A node or number with the value that ``node`` has in the unpruned graph."""
+        if _makes_tensors(self.sizes.old(node)) or not self.sizes.changed(node):
+            return self.env[node]
+        if node not in self.originals:
+            self.originals[node] = self._original(node)
+        return self.originals[node]
+
+    def _original(self, node: fx.Node) -> Any:
+        value = self.sizes.old(node)
+        from_tensor = any(_makes_tensors(self.sizes.old(n)) for n in node.all_input_nodes)
+        if from_tensor and isinstance(value, tuple):
+            return self._original_shape(node)
+        if from_tensor or not node.all_input_nodes:
+            return value
+        args = fx.node.map_arg(node.args, self.original)
+        kwargs = fx.node.map_arg(node.kwargs, self.original)
+        if not _has_nodes((args, kwargs)):
+            return value
+        if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+            return args[0][args[1]]
+        return self.graph.create_node(node.op, node.target, args, kwargs)
+
+    def _original_shape(self, node: fx.Node) -> Any:
+        """A shape whose channel dims are numbers and whose other dims stay free."""
+        old, new = self.sizes.old(node), self.sizes.new(node)
+        return tuple(
+            o if o != n else self.graph.call_function(operator.getitem, (self.env[node], i))
+            for i, (o, n) in enumerate(zip(old, new, strict=True))
+        )
+
+    def scaled(self, arg: Any, want: int) -> Any:
+        """``arg`` (a number, or an old node that gives one) so that it gives ``want``.
+
+        A node may depend on the batch size, so it is scaled and not replaced by a number.
+        """
+        now = self.sizes.new(arg) if isinstance(arg, fx.Node) else arg
+        if now == want or (not isinstance(arg, fx.Node) and arg == -1):
+            return self.env[arg] if isinstance(arg, fx.Node) else arg
+        if not isinstance(arg, fx.Node) or now <= 0 or self._fixed(arg):
+            return want
+        common = gcd(want, int(now))
+        value: Any = self.env[arg]
+        if want // common != 1:
+            value = self.graph.call_function(operator.mul, (value, want // common))
+        if int(now) // common != 1:
+            value = self.graph.call_function(operator.floordiv, (value, int(now) // common))
+        return value
+
+    def _fixed(self, node: fx.Node) -> bool:
+        """Whether a size depends on channel dims alone, so that it is a number in the new graph."""
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            shape, i = node.args[0], node.args[1]
+            if isinstance(i, int) and not _makes_tensors(self.sizes.old(shape)):
+                if not self.sizes.changed(shape):
+                    return False
+                return bool(self.sizes.old(shape)[i] != self.sizes.new(shape)[i])
+        if node.target == "size" and len(node.args) > 1:
+            return self.sizes.changed(node)
+        sources = node.all_input_nodes
+        if any(_makes_tensors(self.sizes.old(n)) for n in sources):
+            return False
+        return all(self._fixed(n) for n in sources)
+
+    def _prune_sizes(self) -> None:
+        """Drop size arithmetic that nothing uses any more."""
+        pure = {getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub}
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and (node.target in pure or node.target == "size"):
+                self.graph.erase_node(node)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _makes_tensors(value: Any) -> bool:
+    return any(isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value))
+
+
+def _has_nodes(tree: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, lambda n: found.append(n) or n)
+    return bool(found)
+
+
+# -- shapes -----------------------------------------------------------------------------------
+
+
+def _new_sizes(r: Rewriter, sizes: Any, want: tuple[int, ...]) -> Any:
+    """Size arguments (numbers and nodes, or one node that is a shape) for the shape ``want``."""
+    if isinstance(sizes, fx.Node):
+        now = r.sizes.new(sizes)
+        if tuple(now) == want:
+            return r.env[sizes]
+        parts = []
+        for i, w in enumerate(want):
+            free = r.sizes.old(sizes)[i] == now[i] == w
+            parts.append(r.graph.call_function(operator.getitem, (r.env[sizes], i)) if free else w)
+        return tuple(parts)
+    return tuple(r.scaled(a, w) for a, w in zip(sizes, want, strict=True))
+
+
+def _as_list(args: tuple[Any, ...]) -> Any:
+    """Sizes given one by one, or as one list, tuple or node."""
+    if len(args) == 1 and (isinstance(args[0], (list, tuple)) or isinstance(args[0], fx.Node)):
+        return args[0]
+    return args
+
+
+@register("view", "reshape", "expand", "view_copy", "broadcast_to")
+def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """x.view(2, C, -1), torch.reshape(x, shape), x.expand(...)"""
+    key = next((k for k in ("shape", "size") if k in old.kwargs), None)
+    sizes = old.kwargs[key] if key else _as_list(old.args[1:])
+    if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
+        sizes = (sizes,)
+    if not isinstance(sizes, (fx.Node, tuple, list)):
+        return  # a dtype
+    want = r.sizes.shape(r.sizes.old(old))
+    made = _new_sizes(r, sizes, want)
+    if key:
+        new.kwargs = {**new.kwargs, key: made}
+    else:
+        new.args = (new.args[0], made)
+
+
+@register("unflatten")
+def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    names = dict(zip(("dim", "sizes"), old.args[1:], strict=False)) | dict(old.kwargs)
+    source = r.sizes.old(old.args[0])
+    dim = names["dim"] % len(source.shape)
+    want = r.sizes.shape(r.sizes.old(old))
+    count = len(want) - len(source.shape) + 1
+    sizes = _new_sizes(r, names["sizes"], want[dim : dim + count])
+    new.args, new.kwargs = (new.args[0], dim, sizes), {}
+
+
+@register("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk")
+def _split(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    parts = r.sizes.old(old)
+    names = dict(zip(("sizes", "dim"), old.args[1:], strict=False)) | dict(old.kwargs)
+    dim = names.get("dim", 0) % len(parts[0].shape)
+    before = [p.shape[dim] for p in parts]
+    after = [r.sizes.shape(p)[dim] for p in parts]
+    if before != after:
+        new.op, new.target = "call_function", torch.split
+        new.args, new.kwargs = (r.env[old.args[0]], after, dim), {}
+
+
+# -- indexing ---------------------------------------------------------------------------------
+
+
+def _number(r: Rewriter, value: Any) -> Any:
+    return r.sizes.old(value) if isinstance(value, fx.Node) else value
+
+
+def _moved_slice(r: Rewriter, s: Any, traits: Traits, dim: int) -> Any:
+    """A slice along ``dim`` in terms of kept positions; None when it need not change."""
+    start, stop, step = (_number(r, v) for v in (s.start, s.stop, s.step))
+    taken = np.arange(traits.shape[dim])[slice(start, stop, step)]
+    kept = r.sizes.positions(traits, dim)
+    if kept.all():
+        return None
+    moved = (np.cumsum(kept) - 1)[taken[kept[taken]]]
+    if len(moved) == 0:
+        return slice(0, 0)
+    steps = np.unique(np.diff(moved))
+    if len(steps) == 0:
+        return slice(int(moved[0]), int(moved[0]) + 1)
+    if len(steps) == 1 and steps[0] > 0:
+        step = int(steps[0])
+        return slice(int(moved[0]), int(moved[-1]) + 1, None if step == 1 else step)
+    return moved.tolist()
+
+
+@register("getitem")
+def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    source = r.sizes.old(old.args[0])
+    if not isinstance(source, Traits):
+        return
+    index = old.args[1] if isinstance(old.args[1], tuple) else (old.args[1],)
+    if any(isinstance(i, fx.Node) and isinstance(r.sizes.old(i), tuple) for i in index):
+        return
+    made, changed = _moved_index(r, index, source)
+    if changed:
+        new.args = (r.env[old.args[0]], made)
+
+
+def _moved_index(r: Rewriter, index: tuple[Any, ...], source: Traits) -> tuple[tuple[Any, ...], bool]:
+    used = sum(1 for i in index if i is not None and i is not Ellipsis)
+    dim, made, changed = 0, [], False
+    for i in index:
+        if i is Ellipsis:
+            dim += len(source.shape) - used
+        elif isinstance(i, slice):
+            moved = _moved_slice(r, i, source, dim)
+            changed |= moved is not None
+            made.append(_copied(r, i) if moved is None else moved)
+            dim += 1
+            continue
+        elif i is not None:
+            at = _number(r, i)
+            kept = r.sizes.positions(source, dim)
+            if isinstance(at, int) and not kept.all():
+                made.append(int(np.cumsum(kept)[at] - 1))
+                changed, dim = True, dim + 1
+                continue
+            dim += 1
+        made.append(_copied(r, i))
+    return tuple(made), changed
+
+
+def _copied(r: Rewriter, value: Any) -> Any:
+    return fx.node.map_arg(value, lambda n: r.env[n])
+
+
+@register("narrow", "select")
+def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    source = r.sizes.old(old.args[0])
+    names = ("dim", "start", "length") if _name(old) == "narrow" else ("dim", "index")
+    values = dict(zip(names, old.args[1:], strict=False)) | dict(old.kwargs)
+    dim = values["dim"] % len(source.shape)
+    if r.sizes.positions(source, dim).all():
+        r.keep_numbers(old, new)
+        return
+    if "start" in values:
+        start = _number(r, values["start"])
+        item: Any = slice(start, start + _number(r, values["length"]))
+    else:
+        item = values["index"]
+    index = (*[slice(None)] * dim, item)
+    made, _ = _moved_index(r, index, source)
+    new.op, new.target = "call_function", operator.getitem
+    new.args, new.kwargs = (r.env[old.args[0]], made), {}
+
+
+# -- functional layers ------------------------------------------------------------------------
+
+
+def _argument(old: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return old.kwargs.get(name, old.args[position] if len(old.args) > position else default)
+
+
+def _set(new: fx.Node, position: int, name: str, value: Any) -> None:
+    if len(new.args) > position:
+        new.update_arg(position, value)
+    else:
+        new.update_kwarg(name, value)
+
+
+@register("layer_norm", "rms_norm")
+def _layer_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    shape = r.sizes.shape(r.sizes.old(old))
+    sizes = _argument(old, 1, "normalized_shape")
+    count = len(r.sizes.old(sizes) if isinstance(sizes, fx.Node) else sizes)
+    _set(new, 1, "normalized_shape", _new_sizes(r, sizes, shape[len(shape) - count :]))
+
+
+@register("group_norm", "channel_shuffle", "native_channel_shuffle")
+def _group_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    name = "num_groups" if _name(old) == "group_norm" else "groups"
+    groups = _number(r, _argument(old, 1, name))
+    classes = r.sizes.channel_classes(_source(old))
+    _set(new, 1, name, r.sizes.kept_rows(classes, groups))
+
+
+def _source(old: fx.Node) -> str:
+    first = old.args[0] if old.args else old.kwargs["input"]
+    assert isinstance(first, fx.Node)
+    return first.name
+
+
+@register(
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    at = 7 if "transpose" in _name(old) else 6
+    groups = _number(r, _argument(old, at, "groups", 1))
+    kept = r.sizes.kept_rows(r.sizes.channel_classes(_source(old)), groups)
+    if kept != groups:
+        _set(new, at, "groups", kept)
+
+
+@register("scaled_dot_product_attention")
+def _attention(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """Without a scale the call takes it from the head dim: the original one is made explicit."""
+    r.keep_numbers(old, new)
+    query = r.sizes.old(old.args[0] if old.args else old.kwargs["query"])
+    if _argument(old, 6, "scale") is None and r.sizes.shape(query)[-1] != query.shape[-1]:
+        new.kwargs = {**new.kwargs, "scale": query.shape[-1] ** -0.5}
+
+

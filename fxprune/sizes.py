@@ -1,0 +1,143 @@
+"""What a plan leaves of every tensor: kept positions, new shapes, new values of sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from fxprune.coupling.groups import class_masks
+from fxprune.coupling.run import Traits
+from fxprune.errors import InternalError
+from fxprune.traced import Traced
+from fxprune.types import BoolArray, IntArray
+
+
+class Sizes:
+    """Kept positions under one plan.
+
+    Two masks over classes: ``mask`` is the plan's; ``outline`` keeps, in every balanced block, the
+    *first* columns of each row instead of each row's own, so that widths can be read off each dim.
+    """
+
+    def __init__(self, traced: Traced, keep: list[BoolArray]) -> None:
+        self.coupling = traced.coupling
+        self.mask = class_masks(self.coupling, keep)
+        self.outline = class_masks(
+            self.coupling,
+            [_first(k, g.rows) for k, g in zip(keep, traced.groups, strict=True)],
+        )
+        self.touched = ~(self.mask & self.outline)
+        self._new: dict[str, Any] = {}
+
+    # -- parameters ---------------------------------------------------------------------------
+
+    def kept_index(self, name: str, dim: int) -> IntArray | None:
+        """Kept positions of a parameter dim, None when all are."""
+        classes = self.coupling.param_classes.get((name, dim))
+        if classes is None:
+            return None
+        kept = self.mask[classes]
+        return None if kept.all() else np.flatnonzero(kept)
+
+    # -- channels of activations --------------------------------------------------------------
+
+    def channel_classes(self, node: str | None) -> IntArray | None:
+        """[C] classes along dim 1 (or the last dim) of a node's output where one field varies."""
+        traits = self.coupling.values.get(node or "")
+        if not isinstance(traits, Traits):
+            return None
+        for f in traits.fields:
+            dims = [d for d, s in enumerate(f.shape) if s > 1]
+            if len(dims) == 1 and dims[0] in (1, len(f.shape) - 1):
+                return np.asarray(self.coupling.cls[f.ravel()])
+        return None
+
+    def kept_count(self, classes: IntArray | None) -> int | None:
+        return None if classes is None else int(self.mask[classes].sum())
+
+    def kept_rows(self, classes: IntArray | None, groups: int) -> int:
+        """How many of ``groups`` equal runs of channels keep anything."""
+        if classes is None or len(classes) % groups:
+            return groups
+        return int(self.mask[classes].reshape(groups, -1).any(1).sum())
+
+    # -- shapes -------------------------------------------------------------------------------
+
+    def positions(self, traits: Traits, dim: int) -> BoolArray:
+        """[size] kept positions along one dim of a tensor."""
+        kept = np.ones(traits.shape[dim], dtype=np.bool_)
+        for f in traits.fields:
+            if f.shape[dim] > 1:
+                mask = self.outline[self.coupling.cls[f]]
+                kept &= mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
+        return kept
+
+    def shape(self, traits: Traits) -> tuple[int, ...]:
+        """The new shape of a tensor."""
+        if not any(self.touched[self.coupling.cls[f]].any() for f in traits.fields):
+            return traits.shape
+        return tuple(int(self.positions(traits, d).sum()) for d in range(len(traits.shape)))
+
+    def new_traits(self, value: Any) -> Any:
+        """A node's value with every tensor's new shape (fields left out)."""
+        return tree_map_only(Traits, lambda t: Traits(self.shape(t), t.dtype, ()), value)
+
+    # -- values of graph nodes ----------------------------------------------------------------
+
+    def old(self, node: fx.Node) -> Any:
+        return self.coupling.values[node.name]
+
+    def new(self, node: fx.Node) -> Any:
+        """What the node gives in the pruned graph, if its size arithmetic stays as it is."""
+        if node.name not in self._new:
+            self._new[node.name] = self._evaluate(node)
+        return self._new[node.name]
+
+    def changed(self, node: fx.Node) -> bool:
+        """Whether a value without tensors (a size, a shape) differs in the pruned graph."""
+        return not _holds_tensors(self.old(node)) and bool(self.new(node) != self.old(node))
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        old = self.old(node)
+        if _holds_tensors(old):
+            return self.new_traits(old)
+        inputs = node.all_input_nodes
+        if not any(_shapes(self.new(n)) != _shapes(self.old(n)) for n in inputs):
+            return old
+        args, kwargs = (fx.node.map_arg(a, self._stand_in) for a in (node.args, node.kwargs))
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            raise InternalError(f"size arithmetic of node {node.name} failed: {error}") from error
+        return old
+
+    def _stand_in(self, node: fx.Node) -> Any:
+        def empty(t: Traits) -> torch.Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+        return tree_map_only(Traits, empty, self.new(node))
+
+
+def _first(keep: BoolArray, rows: int) -> BoolArray:
+    """As many kept columns in each row, the first ones; plain groups stay as they are."""
+    if rows == 1:
+        return keep
+    block = keep.reshape(rows, -1)
+    return (np.arange(block.shape[1]) < block.sum(1, keepdims=True)).ravel()
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value))
+
+
+def _shapes(value: Any) -> Any:
+    return tree_map_only(Traits, lambda t: t.shape, value)
+
+
