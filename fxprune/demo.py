@@ -7,9 +7,8 @@ Legend for shapes: N images.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -17,11 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnxruntime
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.errors import OutputError
+from fxprune.checkpoint import check_target, save
 from fxprune.export import export_onnx
 from fxprune.pipeline import prune
 from fxprune.types import Budget, Cost, PrunePlan
@@ -190,32 +188,45 @@ def main(
     """Train, prune to 40% of the MACs, export, verify, compare; returns the exit code 0.
 
     ``out`` gets original.onnx, pruned.onnx, plan.json, model.safetensors and result.json, once
-    everything is done. Raises OutputError where it cannot be written or, without ``overwrite``,
-    is there already.
+    everything is done. Raises OutputError, before any work, where it cannot be written or, without
+    ``overwrite``, is there already.
     """
+    check_target(out, overwrite=overwrite)
     clock = {"start": time.perf_counter()}
-    with staged(Path(out), overwrite=overwrite) as folder:
-        net = train_digits_net(epochs, seed, progress)
-        clock["train"] = time.perf_counter()
-        data = digits(seed)
-        result = prune(
-            net,
-            data.train_x[:1],
-            budget=Budget(macs=SHARE),
-            data=list(data.train_x[:CALIBRATION].split(BATCH)),
-            criterion="attention",
-            allocation="local",
-            repair="lstsq",
-            seed=seed,
-            progress=progress,
-        )
-        clock["prune"] = time.perf_counter()
-        before, after = measure(net, result, data, folder, progress)
+    net = train_digits_net(epochs, seed, progress)
+    clock["train"] = time.perf_counter()
+    data = digits(seed)
+    result = prune(
+        net,
+        data.train_x[:1],
+        budget=Budget(macs=SHARE),
+        data=list(data.train_x[:CALIBRATION].split(BATCH)),
+        criterion="attention",
+        allocation="local",
+        repair="lstsq",
+        seed=seed,
+        progress=progress,
+    )
+    clock["prune"] = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        before, after = measure(net, result, data, Path(scratch), progress)
         clock["export and measure"] = time.perf_counter()
         seconds = dict(zip(list(clock)[1:], np.diff(list(clock.values())).tolist(), strict=True))
-        made_by = {"seed": seed, "epochs": epochs, "macs_share": SHARE}
-        figures = {"before": asdict(before), "after": asdict(after)}
-        save(folder, result, {**figures, **made_by, "seconds": seconds})
+        figures = {
+            "before": asdict(before),
+            "after": asdict(after),
+            "made by": {"seed": seed, "epochs": epochs, "macs share": SHARE},
+            "latency": "median ms in onnxruntime on the CPU, one thread",
+            "seconds": seconds,
+            "versions": {m.__name__: m.__version__ for m in (torch, onnxruntime, np)},
+            "device": platform.processor() or platform.machine(),
+        }
+
+        def add_onnx(folder: Path) -> None:
+            shutil.copytree(scratch, folder, dirs_exist_ok=True)
+
+        module, plan = result.graph_module, result.plan
+        save(out, module, plan, figures, overwrite=overwrite, write=add_onnx)
     show(before, after, Path(out), seconds)
     return 0
 
@@ -275,21 +286,6 @@ def latencies(files: Sequence[Path], x: Tensor, progress: bool) -> list[dict[int
     return medians
 
 
-def save(folder: Path, result: Pruned, figures: dict[str, Any]) -> None:
-    """Plan, weights, and all figures with the versions that gave them."""
-    (folder / "plan.json").write_text(result.plan.to_json())
-    state = {k: v.contiguous() for k, v in result.graph_module.state_dict().items()}
-    safetensors.torch.save_file(state, str(folder / "model.safetensors"))
-    versions = {m.__name__: m.__version__ for m in (torch, onnxruntime, np)}
-    body = {
-        **figures,
-        "latency": "median ms in onnxruntime on the CPU, one thread",
-        "versions": versions,
-        "device": platform.processor() or platform.machine(),
-    }
-    (folder / "result.json").write_text(json.dumps(body, indent=1))
-
-
 def show(before: Figures, after: Figures, out: Path, seconds: dict[str, float]) -> None:
     """The table, and where everything lies, on stdout."""
     table = Table(title=f"Digits, pruned to at most {SHARE:.0%} of the MACs, not fine-tuned")
@@ -316,31 +312,6 @@ def show(before: Figures, after: Figures, out: Path, seconds: dict[str, float]) 
     console.print("ONNX checked: onnxruntime computes what the models compute.")
     console.print(", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     console.print(f"Everything lies in {out}: {', '.join(FILES)}", soft_wrap=True)
-
-
-@contextmanager
-def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``out`` whose files move there when the block ends without an error.
-
-    Other files in ``out`` stay. Raises OutputError where ``out`` cannot be written, or is there and
-    may not be overwritten.
-    """
-    if out.exists() and (not overwrite or not out.is_dir()):
-        cure = "choose another, or allow overwriting" if out.is_dir() else "it is not a folder"
-        raise OutputError(f"the output folder {out} exists already: {cure}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = tempfile.TemporaryDirectory(dir=out.parent, prefix=".fxprune-")
-    except OSError as e:
-        raise OutputError(f"the output folder {out} cannot be written: {e}") from e
-    with draft as name:
-        yield Path(name)
-        try:
-            out.mkdir(exist_ok=True)
-            for file in sorted(Path(name).iterdir()):
-                os.replace(file, out / file.name)
-        except OSError as e:
-            raise OutputError(f"the output folder {out} cannot be written: {e}") from e
 
 
 @contextmanager
