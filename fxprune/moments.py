@@ -11,6 +11,7 @@ Both follow DESIGN's reading of the abstract of ARPruning; its exact formulas ar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,18 +186,17 @@ class RunningDisplacement:
         return (self.sums[0] / self.count).numpy()
 
 
-def lattice(positions: int, device: torch.device) -> Tensor | None:
-    """At most MAX_POSITIONS distinct positions spread evenly, the same for every sample; None: all.
+@functools.lru_cache(maxsize=64)
+def chosen_positions(positions: int) -> Tensor | None:
+    """MAX_POSITIONS positions of a sample, ascending, the same for every sample; None: all of them.
 
-    Multiples of a step near the golden section that shares no factor with the count: unlike a
-    regular stride they fall on all rows and columns of an image alike.
+    Drawn without replacement by a generator of its own: a regular stride would meet only some
+    columns of an image.
     """
     if positions <= MAX_POSITIONS:
         return None
-    step = int(positions * 0.618034)
-    while math.gcd(step, positions) != 1:
-        step += 1
-    return (torch.arange(MAX_POSITIONS, device=device) * step % positions).sort().values
+    generator = torch.Generator().manual_seed(positions)
+    return torch.randperm(positions, generator=generator)[:MAX_POSITIONS].sort().values
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,8 @@ class InputAccumulator:
             x = taps.reshape(samples, -1, v)
         if pooled or x.shape[1] == 1:
             return x.reshape(1, -1, v), True
-        chosen = lattice(x.shape[1], x.device)
-        return (x if chosen is None else x.index_select(1, chosen)), False
+        chosen = chosen_positions(x.shape[1])
+        return (x if chosen is None else x.index_select(1, chosen.to(x.device))), False
 
     def add(self, x: Tensor, batch: int) -> None:
         """``x``: the op's input, [N, C, *] or [M, C]; ``batch``: samples of the batch."""

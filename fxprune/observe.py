@@ -131,7 +131,7 @@ def observe(
     Positions are the spatial ones of a convolution's input, the tokens of a linear layer's (input
     rows a multiple of the samples), the taps of a flatten; F has mean 1 over the positions of each
     sample. Where a sample has one position, the samples are the positions and F is not scaled.
-    Samples with more than 1,024 positions are looked at on an even lattice of that many.
+    Of a sample with more than 1,024 positions a fixed random choice of that many is looked at.
 
     Raises DataError where there is no batch or an activation is not finite (the node is named).
     """
