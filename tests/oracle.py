@@ -1,0 +1,172 @@
+"""What correct means: the pruned model equals the masked original.
+
+The masked original is the *unpruned* traced model with the removed positions of every parameter set
+to zero (weights both ways, biases, affine parameters of norms), in which LayerNorm, RMSNorm and
+GroupNorm take their statistics over the kept channels only. It shares no code with ``fxprune.cut``:
+it knows the plan's masks and nothing of how a graph is rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.traced import Traced
+from fxprune.types import PrunePlan
+
+
+class _Masked(fx.Interpreter):
+    """Runs the original graph; norms see the kept channels only."""
+
+    def __init__(self, gm: fx.GraphModule, keep: dict[str, Tensor]) -> None:
+        super().__init__(gm)
+        self.keep = keep  # parameter name -> bool mask over its whole shape
+        self.node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        m = self.fetch_attr(target)
+        if isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
+            keep = self.keep.get(f"{target}.weight")
+            if keep is not None:
+                centre = isinstance(m, nn.LayerNorm)
+                bias = m.bias if centre else None
+                return _over_kept(args[0], keep, m.weight, bias, m.eps, centre)
+        if isinstance(m, nn.GroupNorm) and f"{target}.weight" in self.keep:
+            keep = self.keep[f"{target}.weight"]
+            return _group_norm(args[0], m.num_groups, keep, m.weight, m.bias, m.eps)
+        return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(target, "__name__", "")
+        if name in ("layer_norm", "rms_norm", "group_norm"):
+            node_args = dict(enumerate(self.node.args)) | dict(self.node.kwargs)
+            weight = node_args.get(2, node_args.get("weight"))
+            keep = self.keep.get(str(weight.target)) if isinstance(weight, fx.Node) else None
+            if keep is not None:
+                values = dict(enumerate(args)) | kwargs
+                w = values.get(2, values.get("weight"))
+                bias = None if name == "rms_norm" else values.get(3, values.get("bias"))
+                at = 3 if name == "rms_norm" else 4
+                eps = values.get(at, values.get("eps", 1e-5))
+                if name == "group_norm":
+                    return _group_norm(args[0], values[1], keep, w, bias, eps)
+                eps = torch.finfo(args[0].dtype).eps if eps is None else eps
+                return _over_kept(args[0], keep, w, bias, eps, name == "layer_norm")
+        return super().call_function(target, args, kwargs)
+
+
+def _over_kept(
+    x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centre: bool
+) -> Tensor:
+    dims = tuple(range(-keep.dim(), 0))
+    count = keep.sum()
+    mean = (x * keep).sum(dims, keepdim=True) / count if centre else 0.0
+    var = ((x - mean) ** 2 * keep).sum(dims, keepdim=True) / count
+    y = (x - mean) * torch.rsqrt(var + (torch.finfo(x.dtype).eps if eps is None else eps)) * weight
+    return y if bias is None else y + bias
+
+
+def _group_norm(
+    x: Tensor, groups: int, keep: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    n, c = x.shape[:2]
+    shape = [1, c] + [1] * (x.dim() - 2)
+    m = keep.reshape(shape).expand_as(x).reshape(n, groups, -1).to(x.dtype)
+    z = x.reshape(n, groups, -1)
+    count = m.sum(2, keepdim=True).clamp(min=1)
+    mean = (z * m).sum(2, keepdim=True) / count
+    var = ((z - mean) ** 2 * m).sum(2, keepdim=True) / count
+    y = ((z - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
+    return y * weight.reshape(shape) + bias.reshape(shape)
+
+
+def masked_original(traced: Traced, plan: PrunePlan) -> Any:
+    """A callable ``f(*inputs)`` that computes the masked original."""
+    mask = traced.masks(plan)
+    gm = copy.deepcopy(traced.graph_module)
+    tensors = dict(gm.named_parameters()) | dict(gm.named_buffers())
+    keep: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for (name, dim), classes in traced.param_classes.items():
+            t = tensors[name]
+            along = torch.from_numpy(mask[classes])
+            shape = [len(along) if d == dim else 1 for d in range(t.dim())]
+            one = along.reshape(shape).expand(t.shape)
+            keep[name] = keep[name] & one if name in keep else one
+        for name, m in keep.items():
+            tensors[name].mul_(m.to(tensors[name].dtype))
+    names = dict(gm.named_parameters(remove_duplicate=False))
+    by_id = {id(t): n for n, t in tensors.items()}
+    keep |= {n: keep[by_id[id(t)]] for n, t in names.items() if by_id.get(id(t)) in keep}
+
+    def run(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return _Masked(gm, keep).run(*copy.deepcopy(inputs))
+
+    return run
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """max |expected - actual| / max |expected|, the worst of all floating tensors."""
+    a = [t for t in tree_leaves(expected) if isinstance(t, Tensor) and t.is_floating_point()]
+    b = [t for t in tree_leaves(actual) if isinstance(t, Tensor) and t.is_floating_point()]
+    assert len(a) == len(b) > 0, f"{len(a)} tensors expected, {len(b)} came"
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape, f"shape {tuple(x.shape)} expected, {tuple(y.shape)} came"
+        assert bool(torch.isfinite(x).all()), "the masked original is not finite"
+        scale = float(x.abs().max())
+        assert scale > 1e-12, "the masked original is all zero: the comparison says nothing"
+        worst = max(worst, float((x - y).abs().max()) / scale)
+    return worst
+
+
+def oracle_error(traced: Traced, plan: PrunePlan, pruned: nn.Module, inputs: Sequence[Any]) -> float:
+    """Relative error of ``pruned`` against the masked original on ``inputs``."""
+    expected = masked_original(traced, plan)(*inputs)
+    with torch.no_grad():
+        actual = pruned(*copy.deepcopy(tuple(inputs)))
+    return relative_error(expected, actual)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Norm parameters and biases away from 0 and 1, so that a wrong channel shows."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in list(model.named_parameters()) + list(model.named_buffers()):
+            if not p.is_floating_point() or p.numel() < 2:
+                continue
+            noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+            if name.endswith("running_var"):
+                p.copy_(1 + 0.5 * noise.tanh())
+            elif p.dim() == 1 and name.endswith("weight"):
+                p.copy_(1 + 0.3 * noise.tanh())
+            elif p.dim() == 1:
+                p.add_(0.1 * noise)
+            elif float(p.abs().max()) < 1e-3:  # layer scales and embeddings that start at zero
+                p.copy_(0.1 * noise)
+    return model.eval()
+
+
+def random_plan(traced: Traced, seed: int = 0, share: float | None = None) -> PrunePlan:
+    """Keeps a random count (or ``share``) of every group, random channels in each row."""
+    rng = np.random.default_rng(seed)
+    kept = {}
+    for g in traced.groups:
+        if g.locked is None:
+            count = int(rng.integers(1, g.width + 1)) if share is None else round(share * g.width)
+            order = rng.random((g.rows, g.width)).argsort(1)[:, : max(1, count)]
+            kept[g.name] = (np.sort(order, 1) + np.arange(g.rows)[:, None] * g.width).ravel()
+    return traced.plan(kept)
+
+
