@@ -36,24 +36,25 @@ def save(
     extra: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
-    write: Callable[[Path], None] | None = None,
+    write: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> Path:
-    """Write ``plan.json``, ``model.safetensors`` and, with ``extra``, ``result.json``.
+    """Write ``plan.json``, ``model.safetensors`` and, where there is something, ``result.json``.
 
-    All files are written to a hidden folder beside ``folder``, which is renamed when complete: the
-    folder exists whole or not at all. ``write(temporary folder)`` may add files of its own before
-    that; what it raises leaves nothing behind. Raises OutputError where :func:`check_target` does.
+    ``write(temporary folder)`` may add files of its own; what it returns goes into result.json with
+    ``extra``. All files are written to a hidden folder beside ``folder``, which is renamed when
+    complete: the folder exists whole or not at all, also when ``write`` raises. Raises OutputError
+    where :func:`check_target` does.
     """
     target = check_target(folder, overwrite=overwrite)
     with _draft(target) as draft:
         (draft / PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
         tensors, aliases = _unshared(model)
         save_file(tensors, draft / STATE, metadata={"format": "pt", **aliases})
-        if extra is not None:
-            text = json.dumps(extra, indent=1, default=_plain)
+        added = write(draft) if write is not None else None
+        body = {**(extra or {}), **(added or {})}
+        if body:
+            text = json.dumps(body, indent=1, default=_plain)
             (draft / RESULT).write_text(text + "\n", encoding="utf-8")
-        if write is not None:
-            write(draft)
     return target
 
 

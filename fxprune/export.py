@@ -143,11 +143,7 @@ def export_onnx(
     ``tolerance``); after an error no file is left.
     """
     target = _writable(Path(path))
-    if opset is not None and opset not in OPSETS:
-        raise SpecError(
-            f"ONNX opset {opset} is not supported; "
-            f"choose from {OPSETS[0]} to {OPSETS[-1]}, or leave it out"
-        )
+    check_opset(opset)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with evaluating(model), _own_rng(), _exact_arithmetic(), _quiet():
         job, notes = _prepare(model, inputs, opset, tolerance, dynamic_batch)
@@ -172,6 +168,15 @@ def export_onnx(
     raise ExportError(
         "the model cannot be exported to ONNX; nothing was written. Tried:\n  " + "\n  ".join(notes)
     )
+
+
+def check_opset(opset: int | None) -> None:
+    """SpecError unless ``opset`` is None or can be exported; call it before long work."""
+    if opset is not None and opset not in OPSETS:
+        raise SpecError(
+            f"ONNX opset {opset} is not supported; "
+            f"choose from {OPSETS[0]} to {OPSETS[-1]}, or leave it out"
+        )
 
 
 def _report(

@@ -1,0 +1,361 @@
+"""The command line: a thin shell over the library.
+
+Exit codes: 0 done; 2 the input cannot be used (one line on stderr says what and the cure); 1 any
+other failure; 130 interrupted. Figures go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxprune.errors import FxpruneError, InputError
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    from rich.console import Console
+    from rich.table import Table
+    from torch import nn
+
+    from fxprune.export import ExportReport
+    from fxprune.types import ChannelGroup, Cost
+
+_DEMO_OUT = "runs/demo"
+
+_SPECS = """\
+model specs:  torchvision:NAME | timm:NAME | FILE.py:FACTORY | package.module:FACTORY
+data specs:   digits | fashion-mnist[:DIR] | imagefolder:DIR | random
+weights:      a safetensors file, a torch file with tensors only, or "default" for the model
+              library's own (may download)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` without the program's name."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = args.command
+    try:
+        command(args)
+    except InputError as e:
+        return _fail(e, 2)
+    except FxpruneError as e:
+        return _fail(e, 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("fxprune: interrupted\n")
+        return 130
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stderr.write(f"fxprune: error: {' '.join(str(error).split())}\n")
+    return code
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxprune",
+        description="Structured pruning of PyTorch models: smaller, faster, verified.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _demo_parser(commands)
+    _inspect_parser(commands)
+    _prune_parser(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.exit(message=f"fxprune {_version('fxprune')}\n")
+
+
+def _demo_parser(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train, prune, export and compare a small network; nothing is downloaded",
+        description="Train a small network on scikit-learn's digits, prune it, compare.",
+    )
+    demo.add_argument("--out", default=_DEMO_OUT, metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.set_defaults(command=_demo)
+
+
+def _model_arguments(command: Any) -> None:
+    command.add_argument("model", metavar="MODEL", help="a model spec, see below")
+    command.add_argument("--weights", metavar="FILE", help='weights file, or "default"')
+    command.add_argument(
+        "--input", metavar="SHAPE", help="shape of the input, batch first, like 1x3x224x224"
+    )
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep these modules as they are (shell-style, may be repeated)",
+    )
+
+
+def _inspect_parser(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show the channel groups of a model, what is locked and why, and its cost",
+        description="Show the channel groups of a model, what is locked and why, and its cost.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_arguments(inspect)
+    inspect.set_defaults(command=_inspect)
+
+
+def _prune_parser(commands: Any) -> None:
+    prune = commands.add_parser(
+        "prune",
+        help="prune a model to a budget and export it as checked ONNX",
+        description="Prune a model to a budget and export it as checked ONNX.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_arguments(prune)
+    for what, text in (("macs", "multiply-adds"), ("params", "parameters"), ("bytes", "bytes")):
+        prune.add_argument(
+            f"--{what}", type=float, metavar="SHARE", help=f"{text} that may stay, in (0, 1]"
+        )
+    prune.add_argument("--data", default="random", metavar="SPEC", help="default: %(default)s")
+    prune.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    prune.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    prune.add_argument("--criterion", default="attention", help="default: %(default)s")
+    prune.add_argument("--allocation", default="local", help="default: %(default)s")
+    prune.add_argument("--repair", default="lstsq", help="lstsq, bn or none; default: %(default)s")
+    prune.add_argument(
+        "--round-to", type=int, default=8, metavar="N", help="step of widths; default: %(default)s"
+    )
+    prune.add_argument(
+        "--calibration-samples", type=int, default=256, metavar="N", help="default: %(default)s"
+    )
+    prune.add_argument("--evals", type=int, metavar="N", help="at most N states of the search")
+    prune.add_argument("--opset", type=int, metavar="N", help="ONNX opset; default: the exporter's")
+    prune.add_argument("--quiet", action="store_true", help="no progress bars")
+    prune.set_defaults(command=_prune)
+
+
+# --- commands ---------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from fxprune import demo
+
+    # The default folder belongs to the demo; any other is replaced only on demand.
+    overwrite = args.overwrite or args.out == _DEMO_OUT
+    demo.main(args.out, seed=args.seed, overwrite=overwrite, progress=not args.quiet)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from fxprune.models import load_model
+    from fxprune.traced import trace
+
+    model, inputs = load_model(args.model, args.weights, args.input, args.seed)
+    traced = trace(model, inputs).excluding(args.exclude)
+    console = _console()
+    console.print(_groups_table(args.model, traced.groups, model))
+    groups = {g.name for g in traced.groups}
+    for name, reason in traced.locked.items():
+        if name not in groups:
+            console.print(f"kept whole: {name}: {reason}", markup=False)
+    batch = int(inputs[0].shape[0]) if inputs[0].dim() else 1
+    cost = traced.cost()
+    console.print(
+        f"{cost.macs:,} MACs at batch {batch}, {cost.params:,} parameters, "
+        f"{cost.bytes / 1e6:,.1f} MB; {sum(g.locked is None for g in traced.groups)} of "
+        f"{len(groups)} groups can be pruned",
+        highlight=False,
+    )
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from time import perf_counter
+
+    from fxprune.pipeline import prune
+
+    from fxprune import checkpoint
+    from fxprune.data import calibration_batches, check_spec, load_data
+    from fxprune.export import check_opset, export_onnx
+    from fxprune.models import load_model
+
+    start = perf_counter()
+    # Everything that can be known to fail is asked before the long work.
+    options = _options(args)
+    checkpoint.check_target(args.out, overwrite=args.overwrite)
+    check_opset(args.opset)
+    check_spec(args.data)
+    model, inputs = load_model(args.model, args.weights, args.input, args.seed)
+    data = load_data(args.data, inputs, seed=args.seed)
+    limit = args.calibration_samples
+    calibration = calibration_batches(data, inputs, limit=limit, seed=args.seed)
+    result = prune(model, inputs, data=calibration.batches, **options)
+    pruned = perf_counter()
+    reports: list[ExportReport] = []
+
+    def export(folder: Path) -> Mapping[str, Any]:
+        report = export_onnx(result.model, inputs, folder / "pruned.onnx", opset=args.opset)
+        reports.append(report)
+        seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
+        return _figures(args, result, report, calibration.note, seconds)
+
+    out = checkpoint.save(
+        args.out, result.graph_module, result.plan, overwrite=args.overwrite, write=export
+    )
+    console = _console()
+    console.print(_cost_table(args.model, result.before, result.after, result.plan))
+    _tell(console, reports[0], out, calibration.note)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``prune``; InputError for what argparse lets pass."""
+    from fxprune import allocate
+    from fxprune.types import Budget
+
+    if args.macs is None and args.params is None and args.bytes is None:
+        raise InputError("no budget; give --macs, --params or --bytes, for example --macs 0.5")
+    if args.evals is not None and args.evals < 1:
+        raise InputError(f"--evals must be at least 1, got {args.evals}")
+    allocation: Any = args.allocation
+    if args.evals is not None:
+        allocation = _limited(allocate.get(args.allocation), args.evals)
+    return {
+        "budget": Budget(args.macs, args.params, args.bytes),
+        "criterion": args.criterion,
+        "allocation": allocation,
+        "repair": None if args.repair == "none" else args.repair,
+        "exclude": tuple(args.exclude),
+        "round_to": args.round_to,
+        "seed": args.seed,
+        "progress": not args.quiet,
+    }
+
+
+def _limited(allocator: Any, evaluations: int) -> Any:
+    """The same allocator with another limit of evaluations."""
+    from dataclasses import replace
+
+    return lambda problem: allocator(replace(problem, max_evaluations=evaluations))
+
+
+# --- what is shown and kept -------------------------------------------------------------------
+
+
+def _figures(
+    args: argparse.Namespace,
+    result: Any,
+    report: ExportReport,
+    calibration: str,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The body of result.json."""
+    import platform
+    from dataclasses import asdict
+
+    before, after = asdict(result.before), asdict(result.after)
+    asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
+    packages = ("fxprune", "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
+    return {
+        "options": asked,
+        "calibration": calibration,
+        "before": before,
+        "after": after,
+        "share": {k: after[k] / before[k] if before[k] else 1.0 for k in before},
+        "onnx": report.to_dict(),
+        "report": getattr(result, "report", {}),
+        "seconds": dict(seconds),
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "machine": platform.processor() or platform.machine(),
+    }
+
+
+def _cost_table(title: str, before: Cost, after: Cost, plan: Any) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{title}, pruned")
+    table.add_column("")
+    for head in ("before", "after", "after / before"):
+        table.add_column(head, justify="right")
+    for name, old, new in (
+        ("MACs", before.macs, after.macs),
+        ("parameters", before.params, after.params),
+        ("bytes of weights", before.bytes, after.bytes),
+    ):
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
+    table.caption = f"{len(plan.kept)} groups in the plan"
+    return table
+
+
+def _tell(console: Console, report: ExportReport, out: Path, calibration: str) -> None:
+    batch = "any batch size" if report.dynamic_batch else f"batch {report.batch_sizes[0]} only"
+    sizes = ", ".join(map(str, report.batch_sizes))
+    lines = [
+        f"calibrated on {calibration}",
+        f"ONNX: {report.bytes / 1e6:,.1f} MB, opset {report.opset}, {batch}; in onnxruntime "
+        f"relative error {report.max_error:.1e} at batch {sizes} (at most {report.tolerance:.0e})",
+        *(f"ONNX: {note}" for note in report.notes),
+        f"Everything lies in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _groups_table(title: str, groups: Sequence[ChannelGroup], model: nn.Module) -> Table:
+    """One row for each group; params: share of all parameters that lie at its channels."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    total = sum(s.numel() for s in shapes.values()) or 1
+    table = Table(title=f"Channel groups of {escape(title)}")
+    for head, justify in (
+        ("group", "left"),
+        ("channels", "right"),
+        ("rows", "right"),
+        ("members", "right"),
+        ("params", "right"),
+        ("locked", "left"),
+    ):
+        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for g in groups:
+        touched: dict[str, float] = {}
+        for m in g.members:
+            if m.param in shapes:
+                shape = shapes[m.param]
+                part = shape.numel() * m.index.size / shape[m.dim]
+                touched[m.param] = max(part, touched.get(m.param, 0))
+        share = sum(touched.values()) / total
+        table.add_row(
+            escape(g.name), str(g.n), str(g.rows), str(len(g.members)), f"{share:.1%}",
+            escape(g.locked or ""),
+        )  # fmt: skip
+    return table
+
+
+def _console() -> Console:
+    """A wide table where stdout is a file or a pipe; the terminal's width else."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,90 @@
+"""The layout of the package: imports point one way, and nothing is pickled."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fxprune"
+
+ORDER = [
+    # the ground
+    *("errors", "types", "products", "attention"),
+    # the engine
+    *("trace", "coupling", "cost", "traced", "sizes", "rewrite", "cut"),
+    # the stages on top of it
+    *("moments", "observe", "criteria", "renorm", "repair", "fitness", "allocate"),
+    *("export", "checkpoint", "report"),
+    # what the outside gives, and the one place that knows all of them
+    *("data", "models", "pipeline", "demo", "cli", "__main__"),
+]
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def stage(file: Path) -> str:
+    """The stage that a file belongs to: its module, or its folder for a package."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of the imported modules and names of fxprune, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write fxprune.x"
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+
+
+def test_every_file_has_a_place() -> None:
+    assert {stage(f) for f in FILES} - {*ORDER, "__init__"} == set(), "add it to ORDER"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_upward(file: Path) -> None:
+    own = stage(file)
+    if own == "__init__":
+        return
+    for name in imports(ast.parse(file.read_text(encoding="utf-8"))):
+        parts = name.split(".")
+        if parts[0] == "fxprune" and len(parts) > 1 and parts[1] != own:
+            known = parts[1] in ORDER
+            assert known, f"{file.name}: import from the module, not from fxprune ({name})"
+            assert ORDER.index(parts[1]) < ORDER.index(own), f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_nothing_is_pickled(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    roots = {name.split(".")[0] for name in imports(tree)}
+    assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "torch.save", f"line {node.lineno}: tensors go into safetensors"
+            if called == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_functions_stay_short(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_version_is_the_changelogs() -> None:
+    setup = re.search(r"^version *= *(.+)$", (ROOT / "setup.cfg").read_text(), re.M)
+    changelog = re.search(r"^## *(\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert setup is not None
+    assert changelog is not None
+    assert setup[1] == changelog[1]
