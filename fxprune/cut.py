@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import ModelError
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes
 from fxprune.trace import LEAVES
@@ -184,16 +183,3 @@ def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def _leaves(value: Any) -> list[Any]:
     leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
     return leaves
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raises ModelError naming the first parameter or buffer that holds NaN or Inf."""
-    for name, t in list(model.named_parameters()) + list(model.named_buffers()):
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            bad = int((~torch.isfinite(t)).sum())
-            raise ModelError(
-                f"weights must be finite: {name} {tuple(t.shape)} holds {bad} NaN or Inf values; "
-                "load other weights"
-            )
-
-

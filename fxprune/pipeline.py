@@ -1,0 +1,284 @@
+"""prune(): the stages in order. The only file that knows them all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune import allocate, criteria
+from fxprune.allocate import AllocationProblem, Allocator
+from fxprune.checkpoint import check_finite, load_state, read
+from fxprune.criteria import Criterion
+from fxprune.cut import as_user_class, cut
+from fxprune.data import Calibration, calibration_batches
+from fxprune.errors import ModelError, SpecError, unknown
+from fxprune.fitness import EvaluateFitness, KLFitness, Repair
+from fxprune.observe import Statistics, observe
+from fxprune.repair import LeastSquares, RepairReport, repair_bn
+from fxprune.traced import Traced, trace
+from fxprune.types import Budget, Cost, PrunePlan
+
+REPAIRS = ("lstsq", "bn")
+HELD_OUT = 0.25  # of the calibration samples: for the fitness alone
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`prune` gives.
+
+    model         smaller model: the user's own class where it runs unchanged, else the GraphModule
+    graph_module  the same as an fx.GraphModule
+    traced        the unpruned GraphModule it came from, a copy with the same parameter names
+    analysis      the traced model with its groups and cost model
+    plan          kept channels of each group; JSON in and out
+    before, after costs at the example inputs
+    report        figures and notes: calibration, seconds of each stage, repair, search
+    """
+
+    model: nn.Module
+    graph_module: fx.GraphModule
+    traced: fx.GraphModule
+    analysis: Traced
+    plan: PrunePlan
+    before: Cost
+    after: Cost
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Everything that can be checked before the long work, checked."""
+
+    budget: Budget
+    criterion: Criterion
+    allocation: Allocator
+    repair: str | None
+    round_to: int
+    seed: int
+    progress: bool
+    max_evaluations: int
+    executor: Executor | None
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget | float = 0.5,
+    data: Iterable[Any] | Tensor | None = None,
+    *,
+    criterion: str | Criterion = "attention",
+    allocation: str | Allocator = "local",
+    repair: str | None = "lstsq",
+    evaluate: Callable[[Any], float] | None = None,
+    exclude: Sequence[str] = (),
+    round_to: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+    calibration_samples: int = 256,
+    max_evaluations: int = 60,
+    executor: Executor | None = None,
+) -> PruneResult:
+    """Make a smaller model that keeps at most ``budget`` of the original's cost.
+
+    example_inputs  a tensor, or a tuple with one entry for each positional input
+    budget          a Budget, or the share of the MACs to keep, in (0, 1]
+    data            calibration batches: inputs or (inputs, targets); None: random inputs, with a
+                    warning (rankings and repair are then as good as random inputs are)
+    criterion       attention | reconstruction | l1 | l2 | random, or an object with the protocol
+    allocation      local | uniform | global | isomorphic, or an object with the protocol
+    repair          lstsq | bn | None (cut only: then the result equals the masked original)
+    evaluate        optional: model -> float, higher is better; guides the local search in place of
+                    the divergence from the original's outputs
+    exclude         shell-style patterns of modules, parameters or groups that stay whole
+    round_to        kept counts are multiples of it (fewer for small groups)
+
+    ``model``, its mode, the RNG state and the thread count are as they were when this returns.
+    Raises InputError (see ``fxprune.errors``) for input that cannot be used.
+    """
+    options = _checked(
+        model, budget, criterion, allocation, repair, round_to, seed, progress, max_evaluations,
+        executor,
+    )  # fmt: skip
+    clock = _Clock()
+    with _rng_kept():
+        traced = trace(model, example_inputs).excluding(exclude)
+        clock.lap("trace and couple")
+        calibration = calibration_batches(
+            data, traced.example_inputs, limit=calibration_samples, seed=seed
+        )
+        if calibration.random:
+            warnings.warn(
+                "no calibration data: random inputs are used; give data= for a ranking and a "
+                "repair that know the real activations",
+                stacklevel=2,
+            )
+        return _pruned(model, traced, calibration, options, evaluate, clock)
+
+
+def _pruned(
+    model: nn.Module,
+    traced: Traced,
+    calibration: Calibration,
+    o: _Options,
+    evaluate: Callable[[Any], float] | None,
+    clock: _Clock,
+) -> PruneResult:
+    seen, held_out = _split(calibration.batches)
+    statistics = _statistics(traced, o, seen)
+    clock.lap("observe")
+    scores = o.criterion(traced, statistics, np.random.default_rng(o.seed))
+    clock.lap("rank")
+    mend = _repairer(traced, o.repair, statistics, seen)
+    fitness = (
+        EvaluateFitness(traced, mend, evaluate) if evaluate else KLFitness(traced, mend, held_out)
+    )
+    problem = AllocationProblem(
+        traced, scores, o.budget, o.round_to, o.seed, fitness, o.progress, o.max_evaluations,
+        o.executor,
+    )  # fmt: skip
+    plan = o.allocation(problem)
+    clock.lap("allocate")
+    gm = cut(traced, plan)
+    clock.lap("cut")
+    repaired = mend(plan, gm) if mend else None
+    clock.lap("repair")
+    small = as_user_class(traced, plan, gm)
+    report = {
+        "calibration": calibration.note,
+        "samples": calibration.samples,
+        "seconds": clock.laps,
+        "user_class": small is not None,
+        "groups": len(traced.groups),
+        "locked": traced.locked,
+        "plan": dict(plan.meta),
+    }
+    if isinstance(repaired, RepairReport):
+        report["repair"] = {
+            "kind": o.repair,
+            "repaired": len(repaired.repaired),
+            "skipped": dict(repaired.skipped),
+        }
+    for m in (gm, small):
+        if m is not None:
+            m.train(model.training)
+    return PruneResult(
+        gm if small is None else small, gm, copy.deepcopy(traced.graph_module), traced, plan,
+        traced.cost(), traced.cost(plan), report,
+    )  # fmt: skip
+
+
+def _checked(
+    model: Any,
+    budget: Budget | float,
+    criterion: str | Criterion,
+    allocation: str | Allocator,
+    repair: str | None,
+    round_to: int,
+    seed: int,
+    progress: bool,
+    max_evaluations: int,
+    executor: Executor | None,
+) -> _Options:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(budget, Budget):
+        budget = Budget(macs=budget)
+    allocate.bounds(budget)
+    if repair is not None and repair not in REPAIRS:
+        raise unknown("repair", str(repair), REPAIRS)
+    if round_to < 1:
+        raise SpecError(f"round_to must be at least 1, got {round_to}")
+    check_finite(model)
+    return _Options(
+        budget, criteria.get(criterion), allocate.get(allocation), repair, round_to, seed, progress,
+        max_evaluations, executor,
+    )  # fmt: skip
+
+
+def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
+    """(batches for statistics, batches for the fitness): disjoint where there are two samples."""
+    whole = list(batches)
+    if len(whole) == 1:
+        n = len(whole[0][0]) if isinstance(whole[0][0], Tensor) and whole[0][0].ndim else 1
+        if n < 2:
+            return whole, whole
+        at = n - max(1, round(HELD_OUT * n))
+        first, last = (
+            tuple(t[s] if isinstance(t, Tensor) else t for t in whole[0])
+            for s in (slice(0, at), slice(at, n))
+        )
+        return [first], [last]
+    held = max(1, round(HELD_OUT * len(whole)))
+    return whole[:-held], whole[-held:]
+
+
+def _statistics(traced: Traced, o: _Options, batches: list[Any]) -> Statistics | None:
+    if not o.criterion.needs_data and o.repair != "lstsq":
+        return None
+    options = criteria.observe_options(o.criterion)
+    return observe(traced, batches, progress=o.progress, **options)
+
+
+def _repairer(
+    traced: Traced, repair: str | None, statistics: Statistics | None, batches: list[Any]
+) -> Repair | None:
+    if repair == "lstsq" and statistics is not None:
+        return LeastSquares(traced, statistics)
+    if repair == "bn":
+        return lambda plan, module: repair_bn(traced, plan, module, batches)
+    return None
+
+
+def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:
+    """The same pruning on another instance of the same model (cut only, no repair).
+
+    Raises PlanError when the plan does not belong to this model.
+    """
+    with _rng_kept():
+        traced = trace(model, example_inputs)
+        gm = cut(traced, plan)
+        small = as_user_class(traced, plan, gm)
+    result = gm if small is None else small
+    return result.train(model.training)
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module, example_inputs: Any) -> nn.Module:
+    """The pruned model that was saved in ``folder``, from a fresh instance of its class."""
+    plan, state = read(folder)
+    small = apply(model, plan, example_inputs)
+    load_state(small, state, str(folder))
+    return small
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 4), now
+
+
+@contextmanager
+def _rng_kept() -> Iterator[None]:
+    """Torch's and numpy's global RNG states are put back."""
+    states = torch.get_rng_state(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
