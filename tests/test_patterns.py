@@ -1,0 +1,102 @@
+"""Patterns that break other tools: each pruned at random and held to the oracle in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import patterns_attention  # noqa: F401 - registers its cases
+import patterns_flow  # noqa: F401 - registers its cases
+import pytest
+import torch
+from checks import assert_right, prunable
+from oracle import random_plan, randomise
+from patterns import CASES, Case
+
+from fxprune.cut import cut
+from fxprune.traced import Traced, trace
+from fxprune.types import ChannelGroup
+
+
+def traced_case(case: Case) -> Traced:
+    torch.manual_seed(0)
+    return trace(randomise(case.build().double()), case.example())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pruned_equals_masked_original(name: str) -> None:
+    case = CASES[name]
+    traced = traced_case(case)
+    inputs = [case.example(1), case.example(2, batch=3)] if case.batch else [case.example(1)]
+    for seed in range(3):
+        plan = random_plan(traced, seed)
+        assert_right(traced, plan, cut(traced, plan), inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_can_be_pruned(name: str) -> None:
+    case = CASES[name]
+    traced = traced_case(case)
+    missing = set(case.free) - prunable(traced)
+    assert not missing, traced.locked
+    assert not set(case.locked) & prunable(traced)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_keeping_all_changes_nothing(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = randomise(case.build().double())
+    traced = trace(model, case.example())
+    whole = cut(traced, traced.full_plan())
+    for mine, theirs in zip(
+        torch.utils._pytree.tree_leaves(whole(*case.example(1))),
+        torch.utils._pytree.tree_leaves(traced.graph_module(*case.example(1))),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(
+        torch.utils._pytree.tree_leaves(whole(*case.example(1))),
+        torch.utils._pytree.tree_leaves(model(*case.example(1))),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+# -- heads and head dims -------------------------------------------------------------------------
+
+HEADED = [
+    "FusedReshape", "FusedChunk", "Separate", "PackedAttention", "EinsumAttention", "Window",
+    "SharedBias",
+]  # fmt: skip
+
+
+def heads_and_dims(traced: Traced, heads: int) -> tuple[ChannelGroup, ChannelGroup]:
+    """The group of whole heads, and one of head dims that overlaps it."""
+    whole = next(g for g in traced.groups if g.n == heads and g.overlaps and g.locked is None)
+    dims = next(g for name in whole.overlaps if (g := traced.group(name)).locked is None)
+    return whole, dims
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_whole_heads_can_go(name: str) -> None:
+    case = CASES[name]
+    traced = traced_case(case)
+    whole, _ = heads_and_dims(traced, 4)
+    plan = traced.plan({whole.name: (0, 2, 3)})
+    pruned = cut(traced, plan)
+    assert_right(traced, plan, pruned, [case.example(1)])
+    assert traced.cost(plan).macs < traced.cost().macs
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_head_dims_can_go(name: str) -> None:
+    case = CASES[name]
+    traced = traced_case(case)
+    whole, dims = heads_and_dims(traced, 4)
+    rng = np.random.default_rng(0)
+    columns = rng.random((dims.rows, dims.width)).argsort(1)[:, : dims.width // 2]
+    rows = np.arange(dims.rows)[:, None] * dims.width
+    plan = traced.plan({dims.name: (columns + rows).ravel()})
+    assert_right(traced, plan, cut(traced, plan), [case.example(1)])
+    assert traced.cost(plan).macs < traced.cost().macs
+    both = traced.plan({dims.name: (columns + rows).ravel(), whole.name: (1, 3)})
+    assert_right(traced, both, cut(traced, both), [case.example(1)])
