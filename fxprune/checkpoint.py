@@ -7,6 +7,7 @@ and the state fills it, so the two files are enough.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -53,7 +54,7 @@ def save(
         added = write(draft) if write is not None else None
         body = {**(extra or {}), **(added or {})}
         if body:
-            text = json.dumps(body, indent=1, default=_plain)
+            text = json.dumps(_plain(body), indent=1, allow_nan=False)
             (draft / RESULT).write_text(text + "\n", encoding="utf-8")
     return target
 
@@ -232,13 +233,23 @@ def _draft(target: Path) -> Iterator[Path]:
     except OSError as e:
         raise OutputError(f"{target} cannot be written: {e.strerror or e}") from e
     try:
-        draft.chmod(0o755)  # mkdtemp makes a private folder
         yield draft
+        _share(draft)
         _swap(draft, target)
     except OSError as e:
         raise OutputError(f"{target} cannot be written: {e.strerror or e}") from e
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _share(draft: Path) -> None:
+    """Usual permissions: mkdtemp and safetensors make what only the owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    draft.chmod(0o777 & ~mask)
+    for file in draft.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _swap(draft: Path, target: Path) -> None:
@@ -259,9 +270,15 @@ def _swap(draft: Path, target: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what figures are made of: numpy and torch scalars, arrays, paths, sets."""
+    """JSON for what figures are made of: numpy and torch values, paths, sets; NaN and Inf: null."""
     if hasattr(value, "tolist"):
-        return value.tolist()
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return str(value)
+        value = sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxprune import __version__
 from fxprune.errors import FxpruneError, InputError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from torch import nn
 
     from fxprune.export import ExportReport
+    from fxprune.pipeline import PruneResult
     from fxprune.types import ChannelGroup, Cost
 
 _DEMO_OUT = "runs/demo"
@@ -63,17 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_SPECS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _demo_parser(commands)
     _inspect_parser(commands)
     _prune_parser(commands)
     return parser
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.exit(message=f"fxprune {_version('fxprune')}\n")
 
 
 def _demo_parser(commands: Any) -> None:
@@ -142,7 +140,9 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument(
         "--calibration-samples", type=int, default=256, metavar="N", help="default: %(default)s"
     )
-    prune.add_argument("--evals", type=int, metavar="N", help="at most N states of the search")
+    prune.add_argument(
+        "--evals", type=int, default=60, metavar="N", help="states that the search may try"
+    )
     prune.add_argument("--opset", type=int, metavar="N", help="ONNX opset; default: the exporter's")
     prune.add_argument("--quiet", action="store_true", help="no progress bars")
     prune.set_defaults(command=_prune)
@@ -184,12 +184,11 @@ def _inspect(args: argparse.Namespace) -> None:
 def _prune(args: argparse.Namespace) -> None:
     from time import perf_counter
 
-    from fxprune.pipeline import prune
-
     from fxprune import checkpoint
-    from fxprune.data import calibration_batches, check_spec, load_data
+    from fxprune.data import check_spec, load_data
     from fxprune.export import check_opset, export_onnx
     from fxprune.models import load_model
+    from fxprune.pipeline import prune
 
     start = perf_counter()
     # Everything that can be known to fail is asked before the long work.
@@ -199,9 +198,10 @@ def _prune(args: argparse.Namespace) -> None:
     check_spec(args.data)
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     data = load_data(args.data, inputs, seed=args.seed)
-    limit = args.calibration_samples
-    calibration = calibration_batches(data, inputs, limit=limit, seed=args.seed)
-    result = prune(model, inputs, data=calibration.batches, **options)
+    with warnings.catch_warnings():
+        # Said below, in the summary.
+        warnings.filterwarnings("ignore", "no calibration data", UserWarning)
+        result = prune(model, inputs, data=data, **options)
     pruned = perf_counter()
     reports: list[ExportReport] = []
 
@@ -209,45 +209,36 @@ def _prune(args: argparse.Namespace) -> None:
         report = export_onnx(result.model, inputs, folder / "pruned.onnx", opset=args.opset)
         reports.append(report)
         seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
-        return _figures(args, result, report, calibration.note, seconds)
+        return _figures(args, result, report, seconds)
 
     out = checkpoint.save(
         args.out, result.graph_module, result.plan, overwrite=args.overwrite, write=export
     )
     console = _console()
-    console.print(_cost_table(args.model, result.before, result.after, result.plan))
-    _tell(console, reports[0], out, calibration.note)
+    console.print(_cost_table(args.model, result.before, result.after))
+    _tell(console, reports[0], out, result.report["calibration"])
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``prune``; InputError for what argparse lets pass."""
-    from fxprune import allocate
     from fxprune.types import Budget
 
     if args.macs is None and args.params is None and args.bytes is None:
         raise InputError("no budget; give --macs, --params or --bytes, for example --macs 0.5")
-    if args.evals is not None and args.evals < 1:
+    if args.evals < 1:
         raise InputError(f"--evals must be at least 1, got {args.evals}")
-    allocation: Any = args.allocation
-    if args.evals is not None:
-        allocation = _limited(allocate.get(args.allocation), args.evals)
     return {
         "budget": Budget(args.macs, args.params, args.bytes),
         "criterion": args.criterion,
-        "allocation": allocation,
+        "allocation": args.allocation,
         "repair": None if args.repair == "none" else args.repair,
         "exclude": tuple(args.exclude),
         "round_to": args.round_to,
         "seed": args.seed,
         "progress": not args.quiet,
+        "calibration_samples": args.calibration_samples,
+        "max_evaluations": args.evals,
     }
-
-
-def _limited(allocator: Any, evaluations: int) -> Any:
-    """The same allocator with another limit of evaluations."""
-    from dataclasses import replace
-
-    return lambda problem: allocator(replace(problem, max_evaluations=evaluations))
 
 
 # --- what is shown and kept -------------------------------------------------------------------
@@ -255,9 +246,8 @@ def _limited(allocator: Any, evaluations: int) -> Any:
 
 def _figures(
     args: argparse.Namespace,
-    result: Any,
+    result: PruneResult,
     report: ExportReport,
-    calibration: str,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The body of result.json."""
@@ -266,22 +256,25 @@ def _figures(
 
     before, after = asdict(result.before), asdict(result.after)
     asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
-    packages = ("fxprune", "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
+    packages = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
     return {
         "options": asked,
-        "calibration": calibration,
         "before": before,
         "after": after,
         "share": {k: after[k] / before[k] if before[k] else 1.0 for k in before},
         "onnx": report.to_dict(),
-        "report": getattr(result, "report", {}),
+        "pruning": result.report,
         "seconds": dict(seconds),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {
+            "fxprune": __version__,
+            "python": platform.python_version(),
+            **{p: _version(p) for p in packages},
+        },
         "machine": platform.processor() or platform.machine(),
     }
 
 
-def _cost_table(title: str, before: Cost, after: Cost, plan: Any) -> Table:
+def _cost_table(title: str, before: Cost, after: Cost) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{title}, pruned")
@@ -294,7 +287,6 @@ def _cost_table(title: str, before: Cost, after: Cost, plan: Any) -> Table:
         ("bytes of weights", before.bytes, after.bytes),
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
-    table.caption = f"{len(plan.kept)} groups in the plan"
     return table
 
 

@@ -41,6 +41,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     model = net()
     extra = {
         "error": np.float64(0.5),
+        "lost": [float("inf"), np.nan],
         "widths": np.arange(2),
         "path": tmp_path,
         "names": {"b", "a"},
@@ -60,7 +61,13 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert same(model, other)
     assert other.b.weight is other.a.weight
     result = json.loads((folder / "result.json").read_text())
-    assert result == {"error": 0.5, "widths": [0, 1], "path": str(tmp_path), "names": ["a", "b"]}
+    assert result == {
+        "error": 0.5,
+        "lost": [None, None],
+        "widths": [0, 1],
+        "path": str(tmp_path),
+        "names": ["a", "b"],
+    }
     assert "b.weight" not in load_file(folder / "model.safetensors")  # stored once
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
