@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.rewrite import Rewriter
-from fxprune.sizes import Sizes
+from fxprune.sizes import Sizes, kept_runs
 from fxprune.trace import LEAVES
 from fxprune.traced import Traced
-from fxprune.types import IntArray, PrunePlan
+from fxprune.types import BoolArray, PrunePlan
 
 
 def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
@@ -67,7 +67,8 @@ def _modules(
             old = source.get_submodule(path)
             if id(old) not in made:
                 made[id(old)] = copy_module(old, tensors)
-                fit(made[id(old)], old, sizes.channel_classes(inputs.get(path)), sizes)
+                dim = -1 if isinstance(old, (nn.LayerNorm, nn.RMSNorm)) else 1
+                fit(made[id(old)], sizes.kept_along(inputs.get(path), dim))
             modules[path] = made[id(old)]
     return modules
 
@@ -88,30 +89,29 @@ def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     return new
 
 
-def fit(new: nn.Module, old: nn.Module, classes: IntArray | None, sizes: Sizes) -> None:
+def fit(new: nn.Module, kept: BoolArray | None) -> None:
     """Attributes that mirror shapes follow the new parameters.
 
-    ``classes`` [C]: channel classes of the module's input, None where it has none.
+    ``kept`` [C]: kept channels of the module's input, None where they are not known.
     """
+    count = None if kept is None else int(kept.sum())
     if isinstance(new, nn.modules.conv._ConvNd):
         a, b = new.weight.shape[:2]
-        new.groups = sizes.kept_rows(classes, new.groups)
+        new.groups = kept_runs(kept, new.groups)
         new.in_channels = a if new.transposed else b * new.groups
         new.out_channels = b * new.groups if new.transposed else a
     elif isinstance(new, nn.Linear):
         new.out_features, new.in_features = new.weight.shape
     elif isinstance(new, nn.modules.batchnorm._NormBase):
-        kept = sizes.kept_count(classes)
-        new.num_features = new.num_features if kept is None else kept
+        new.num_features = count or new.num_features
     elif isinstance(new, (nn.LayerNorm, nn.RMSNorm)):
         if new.weight is not None:
             new.normalized_shape = tuple(new.weight.shape)
-        elif classes is not None and len(new.normalized_shape) == 1:
-            new.normalized_shape = (sizes.kept_count(classes) or new.normalized_shape[0],)
+        elif count and len(new.normalized_shape) == 1:
+            new.normalized_shape = (count,)
     elif isinstance(new, nn.GroupNorm):
-        kept = sizes.kept_count(classes)
-        new.num_groups = sizes.kept_rows(classes, new.num_groups)
-        new.num_channels = new.num_channels if kept is None else kept
+        new.num_groups = kept_runs(kept, new.num_groups)
+        new.num_channels = count or new.num_channels
     elif isinstance(new, nn.Embedding):
         new.num_embeddings, new.embedding_dim = new.weight.shape
     elif isinstance(new, nn.PReLU):

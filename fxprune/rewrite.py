@@ -18,7 +18,7 @@ from torch import fx
 
 from fxprune.coupling.run import Traits
 from fxprune.errors import InternalError
-from fxprune.sizes import Sizes
+from fxprune.sizes import Sizes, kept_runs
 
 Handler = Callable[["Rewriter", fx.Node, fx.Node], None]
 HANDLERS: dict[str, Handler] = {}
@@ -339,8 +339,7 @@ def _layer_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 def _group_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     name = "num_groups" if _name(old) == "group_norm" else "groups"
     groups = _number(r, _argument(old, 1, name))
-    classes = r.sizes.channel_classes(_source(old))
-    _set(new, 1, name, r.sizes.kept_rows(classes, groups))
+    _set(new, 1, name, kept_runs(r.sizes.kept_along(_source(old), 1), groups))
 
 
 def _source(old: fx.Node) -> str:
@@ -355,7 +354,7 @@ def _source(old: fx.Node) -> str:
 def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     at = 7 if "transpose" in _name(old) else 6
     groups = _number(r, _argument(old, at, "groups", 1))
-    kept = r.sizes.kept_rows(r.sizes.channel_classes(_source(old)), groups)
+    kept = kept_runs(r.sizes.kept_along(_source(old), 1), groups)
     if kept != groups:
         _set(new, at, "groups", kept)
 

@@ -45,25 +45,10 @@ class Sizes:
 
     # -- channels of activations --------------------------------------------------------------
 
-    def channel_classes(self, node: str | None) -> IntArray | None:
-        """[C] classes along dim 1 (or the last dim) of a node's output where one field varies."""
+    def kept_along(self, node: str | None, dim: int) -> BoolArray | None:
+        """[size] kept positions along one dim of a node's output; None where it is no tensor."""
         traits = self.coupling.values.get(node or "")
-        if not isinstance(traits, Traits):
-            return None
-        for f in traits.fields:
-            dims = [d for d, s in enumerate(f.shape) if s > 1]
-            if len(dims) == 1 and dims[0] in (1, len(f.shape) - 1):
-                return np.asarray(self.coupling.cls[f.ravel()])
-        return None
-
-    def kept_count(self, classes: IntArray | None) -> int | None:
-        return None if classes is None else int(self.mask[classes].sum())
-
-    def kept_rows(self, classes: IntArray | None, groups: int) -> int:
-        """How many of ``groups`` equal runs of channels keep anything."""
-        if classes is None or len(classes) % groups:
-            return groups
-        return int(self.mask[classes].reshape(groups, -1).any(1).sum())
+        return self.positions(traits, dim) if isinstance(traits, Traits) else None
 
     # -- shapes -------------------------------------------------------------------------------
 
@@ -131,6 +116,13 @@ def _first(keep: BoolArray, rows: int) -> BoolArray:
         return keep
     block = keep.reshape(rows, -1)
     return (np.arange(block.shape[1]) < block.sum(1, keepdims=True)).ravel()
+
+
+def kept_runs(kept: BoolArray | None, groups: int) -> int:
+    """How many of ``groups`` equal runs of channels keep anything."""
+    if kept is None or len(kept) % groups:
+        return groups
+    return int(kept.reshape(groups, -1).any(1).sum())
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -6,6 +6,7 @@ rule locks the labels of all its inputs: never guessed, never ignored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,12 +43,25 @@ def apply_rule(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str,
         return
     name = str(func.overloadpacket)
     rule = RULES.get(name)
-    if rule is None and torch.Tag.pointwise in func.tags:
+    if rule is None and _is_pointwise(func):
         rule = elementwise
     if rule is None:
         labels.lock_all(tensors, f"no rule for op {name}")
         return
     rule(labels, func, args, kwargs, out)
+
+
+@functools.cache
+def _is_pointwise(func: Any) -> bool:
+    """Tagged pointwise, or the in-place form of an op that is."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    name = func.overloadpacket.__name__
+    plain = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    if plain is None:
+        return False
+    known = f"aten.{name[:-1]}" in _POINTWISE
+    return known or any(torch.Tag.pointwise in getattr(plain, o).tags for o in plain.overloads())
 
 
 def _dims(dims: Any, ndim: int) -> frozenset[int]:
@@ -61,11 +75,17 @@ def _dims(dims: Any, ndim: int) -> frozenset[int]:
 # -- elementwise ------------------------------------------------------------------------------
 
 
-@register(
+_POINTWISE = (
     "aten.clone", "aten.alias", "aten.detach", "aten.contiguous", "aten.lift_fresh", "aten.fill",
-    "aten.native_dropout", "aten.zeros_like", "aten.ones_like", "aten._prelu_kernel",
-    "aten.view_as_complex_copy", "aten.masked_fill", "aten.masked_fill_", "aten.where",
+    "aten.native_dropout", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.rand_like",
+    "aten._prelu_kernel", "aten.prelu", "aten.masked_fill", "aten.masked_fill_", "aten.where",
+    "aten.hardswish", "aten.rrelu_with_noise", "aten.log_sigmoid_forward", "aten._to_copy",
+    "aten.floor_divide", "aten.bernoulli", "aten.polar", "aten.complex", "aten.real", "aten.imag",
+    "aten.special_expm1", "aten.randn_like", "aten.empty_like", "aten.positive", "aten.dropout",
 )  # fmt: skip
+
+
+@register(*_POINTWISE)
 def elementwise(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     """Labels at the same position are one channel; a fixed tensor in their way locks them."""
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.dim() > 0]
@@ -337,6 +357,37 @@ def _piece(labels: Labels, t: Tensor, fields: Fields, dim: int) -> IntArray:
     fixed = labels.new(size).reshape([size if d == dim else 1 for d in range(t.dim())])
     labels.lock(fixed, "concatenated with channels that are fixed")
     return fixed
+
+
+@register("aten.glu")
+def _glu(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """The halves of a dim meet."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else -1) % x.dim()
+    half = out.shape[dim]
+    first = _taken(labels, labels.of(x), dim, slice(0, half))
+    second = _taken(labels, labels.of(x), dim, slice(half, 2 * half))
+    labels.put(out, labels.combine(first + second))
+
+
+@register("aten.view_as_real")
+def _view_as_real(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    labels.put(out, [f[..., None] for f in labels.of(args[0])])
+
+
+@register("aten.view_as_complex")
+def _view_as_complex(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """The last dim holds real and imaginary parts: they stay together."""
+    last = args[0].dim() - 1
+    mixed = [labels.mix(f, [last], "real and imaginary parts") for f in labels.of(args[0])]
+    labels.put(out, [f[..., 0] for f in mixed if f is not None])
+
+
+@register("aten.tril", "aten.triu")
+def _triangle(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    dims = [out.dim() - 2, out.dim() - 1]
+    mixed = [labels.mix(f, dims, "a triangle of the channels") for f in labels.of(args[0])]
+    labels.put(out, [f for f in mixed if f is not None])
 
 
 @register("aten.roll")
