@@ -196,17 +196,18 @@ def main(
     net = train_digits_net(epochs, seed, progress)
     clock["train"] = time.perf_counter()
     data = digits(seed)
-    result = prune(
-        net,
-        data.train_x[:1],
-        budget=Budget(macs=SHARE),
-        data=list(data.train_x[:CALIBRATION].split(BATCH)),
-        criterion="attention",
-        allocation="local",
-        repair="lstsq",
-        seed=seed,
-        progress=progress,
-    )
+    with _one_thread():
+        result = prune(
+            net,
+            data.train_x[:1],
+            budget=Budget(macs=SHARE),
+            data=list(data.train_x[:CALIBRATION].split(BATCH)),
+            criterion="attention",
+            allocation="local",
+            repair="lstsq",
+            seed=seed,
+            progress=progress,
+        )
     clock["prune"] = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         before, after = measure(net, result, data, Path(scratch), progress)
@@ -316,6 +317,7 @@ def show(before: Figures, after: Figures, out: Path, seconds: dict[str, float]) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
+    """The nets are so small that a second thread waits more than it works."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

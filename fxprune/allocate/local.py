@@ -34,7 +34,7 @@ BATCH = 4  # neighbours evaluated at once; fixed, so that workers do not change 
 PATIENCE = 3  # batches without a better neighbour before a step larger than one is halved
 ALONE = 3  # at most one evaluation in so many goes into cutting groups alone
 PROPOSALS = 2  # times that the model proposes an allocation, with what it has learnt
-PAIRS = 48  # givers and takers considered where there are more groups than this
+PAIRS = 20  # givers and takers considered where more groups could give or take
 
 
 def local(problem: AllocationProblem) -> PrunePlan:
