@@ -275,9 +275,10 @@ def _figures(
 
 
 def _cost_table(title: str, before: Cost, after: Cost) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{title}, pruned")
+    table = Table(title=f"{escape(title)}, pruned")
     table.add_column("")
     for head in ("before", "after", "after / before"):
         table.add_column(head, justify="right")

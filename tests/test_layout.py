@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +85,20 @@ def test_functions_stay_short(file: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_every_imported_package_is_declared() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]["timm"].split()
+    wanted = [*setup["options"]["install_requires"].split(), *extras]
+    names = {re.split("[<>=~!]", w)[0].replace("-", "_") for w in wanted}
+    names = {"sklearn" if n == "scikit_learn" else n for n in names}
+    for file in FILES:
+        for name in imports(ast.parse(file.read_text(encoding="utf-8"))):
+            root = name.split(".")[0]
+            if root != "fxprune" and root not in sys.stdlib_module_names:
+                assert root in names, f"{file.name} imports {root}, which setup.cfg does not name"
 
 
 def test_one_version_everywhere() -> None:
