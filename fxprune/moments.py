@@ -23,8 +23,10 @@ from torch import Tensor
 from fxprune.types import Consumer, FloatArray, IntArray
 
 MAX_VARIABLES = 8192  # above this only the diagonal of the second moments is kept
-MAX_POSITIONS = 1024  # positions that are looked at in one sample
-CHUNK = 8192  # rows of one float32 product; the sum over chunks is float64
+MAX_POSITIONS = 128  # positions that are looked at in one sample
+CHUNK = 4096  # most rows of one float32 product; the sum over products is float64
+WAIT = 512  # rows that are gathered before they are multiplied, where batches give fewer
+STRIPES = 4  # of a symmetric product, of which only the upper part is computed
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,19 @@ class RunningMoments:
             x = rows[at : at + CHUNK]
             wx = x if weight is None else x * weight[at : at + CHUNK, None, None]
             if self.diagonal:
-                second = (wx * x).sum(0)
+                self.second += (wx * x).sum(0).cpu()
             elif x.shape[1] == 1:
-                second = (wx[:, 0].t() @ x[:, 0])[None]
+                self._add_upper(wx[:, 0], x[:, 0])
             else:
-                second = torch.einsum("sgi,sgj->gij", wx, x)
-            self.second += second.cpu()
+                self.second += torch.einsum("sgi,sgj->gij", wx, x).cpu()
             self.first += wx.sum(0).cpu()
         self.total += float(len(rows) if weight is None else weight.double().sum())
+
+    def _add_upper(self, wx: Tensor, x: Tensor) -> None:
+        step = max(64, -(-x.shape[1] // STRIPES))
+        for at in range(0, x.shape[1], step):
+            stripe = wx[:, at : at + step].t() @ x[:, at:]
+            self.second[0, at : at + step, at:] += stripe.cpu()
 
     def result(self) -> Moments:
         total = self.total or 1.0
@@ -137,10 +144,21 @@ class RunningMoments:
         if self.diagonal:
             cov = (self.second / total - offset**2).flatten()
         else:
-            cov = self.second / total - offset[:, :, None] * offset[:, None, :]
-            cov = (cov + cov.transpose(1, 2)) / 2
+            cov = self.second / total
+            cov.baddbmm_(offset[:, :, None], offset[:, None, :], alpha=-1)
+            for part in cov:
+                mirror(part)
         mean = offset.flatten() + self.shift.double().cpu()
         return Moments(self.total, mean.numpy(), cov.numpy())
+
+
+def mirror(square: Tensor) -> None:
+    """Copy the upper triangle of [m, m] below the diagonal, in place, by stripes."""
+    step = max(64, -(-len(square) // (2 * STRIPES)))
+    for at in range(0, len(square), step):
+        inside = square[at : at + step, at : at + step]
+        inside.copy_(inside.triu() + inside.triu(1).t())
+        square[at + step :, at : at + step] = square[at : at + step, at + step :].t()
 
 
 def displacements(along: Tensor, square: Tensor, total: Tensor) -> Tensor:
@@ -237,6 +255,7 @@ class InputAccumulator:
         self.plain: RunningMoments | None = None
         self.weighted: RunningMoments | None = None
         self.moved: dict[str, RunningDisplacement] = {}
+        self.waiting: list[tuple[Tensor, Tensor | None]] = []
 
     def rows(self, x: Tensor, batch: int) -> tuple[Tensor, bool]:
         """The op's input -> ([B, P, V], pooled): pooled where the samples are the positions."""
@@ -269,11 +288,23 @@ class InputAccumulator:
         if self.plain is None:
             self.plain = RunningMoments(groups, flat.mean(0))
             self.weighted = RunningMoments(groups, self.plain.shift) if self.gamma else self.plain
-        assert self.weighted is not None
         centred = (flat - self.plain.shift).reshape(len(flat), groups, -1)
-        self.plain.add(centred)
-        if self.gamma:
-            self.weighted.add(centred, weight)
+        self.waiting.append((centred, weight if self.gamma else None))
+        if sum(len(rows) for rows, _ in self.waiting) >= WAIT:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Multiply what is waiting: a few large products are faster than many small ones."""
+        if not self.waiting:
+            return
+        assert self.plain is not None
+        assert self.weighted is not None
+        rows = torch.cat([rows for rows, _ in self.waiting])
+        weights = [weight for _, weight in self.waiting if weight is not None]
+        self.waiting.clear()
+        self.plain.add(rows)
+        if weights:
+            self.weighted.add(rows, torch.cat(weights))
 
     def _maps(self, rows: Tensor, pooled: bool) -> Tensor:
         """Gathers displacements; returns the weights F^gamma [S], F of mean 1 in each sample."""
@@ -294,6 +325,8 @@ class InputAccumulator:
         return self.moved.setdefault(name, RunningDisplacement(pooled))
 
     def result(self) -> InputStatistics:
+        """What was gathered, after at least one batch."""
+        self._flush()
         assert self.plain is not None
         assert self.weighted is not None
         plain = self.plain.result()

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
-from tqdm import tqdm
 
 from fxprune.errors import DataError, InternalError
 from fxprune.moments import (
@@ -27,7 +28,7 @@ from fxprune.moments import (
     split_weight,
 )
 from fxprune.products import Product, storage_key, watch
-from fxprune.types import ChannelGroup, Consumer, IntArray
+from fxprune.types import ChannelGroup, Consumer, IntArray, Use
 
 if TYPE_CHECKING:
     from fxprune.traced import Traced
@@ -71,6 +72,14 @@ class Statistics:
         seen = self.consumers[consumer.key].weight
         weight = self.weights[consumer.weight] if seen is None else seen
         return split_weight(consumer, weight, self.input_of(consumer.key).layout)
+
+
+def takes_outputs_along(use: Use, consumer: Consumer) -> bool:
+    """Whether each channel of ``use`` is whole convolution groups: their outputs go with it."""
+    each = len(consumer.classes) // consumer.groups
+    if consumer.groups == 1 or use.index.shape[1] % each:
+        return False
+    return all(len(set(row)) * each == len(row) for row in (use.index // each).tolist())
 
 
 def is_depthwise(consumer: Consumer) -> bool:
@@ -131,15 +140,17 @@ def observe(
     Positions are the spatial ones of a convolution's input, the tokens of a linear layer's (input
     rows a multiple of the samples), the taps of a flatten; F has mean 1 over the positions of each
     sample. Where a sample has one position, the samples are the positions and F is not scaled.
-    Of a sample with more than 1,024 positions a fixed random choice of that many is looked at.
+    Of a sample with more than 128 positions a fixed random choice of that many is looked at.
 
     Raises DataError where there is no batch or an activation is not finite (the node is named).
     """
     with torch.random.fork_rng(devices=[]):
         needed = needed_consumers(traced.groups, traced.consumers)
         run = _Pass(traced, needed, shared_inputs(traced, needed), gamma, p, displacement)
-        bar = tqdm(batches, desc="observe", unit="batch", disable=not progress, leave=False)
-        for batch in bar:
+        console = Console(stderr=True)
+        for batch in track(
+            batches, "observe", console=console, disable=not progress, transient=True
+        ):
             run.feed(batch if isinstance(batch, tuple) else (batch,))
     return run.result()
 

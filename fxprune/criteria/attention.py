@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fxprune.criteria.elimination import (
     Coupled,
@@ -33,7 +34,7 @@ from fxprune.criteria.elimination import (
 from fxprune.criteria.registry import Generator, Scores, register
 from fxprune.errors import DataError, SpecError
 from fxprune.moments import Moments
-from fxprune.observe import Statistics, is_depthwise, producers, unit_variables
+from fxprune.observe import Statistics, producers, takes_outputs_along, unit_variables
 from fxprune.types import ChannelGroup, Consumer, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class AttentionCriterion:
                 f"this criterion needs gamma={self.gamma}, p={self.p}"
             )
         inverses = _Inverses(statistics, mapped)
-        return {g.name: _reconstructed(g, traced, statistics, inverses) for g in groups}
+        # Thousands of small products: several BLAS threads wait for each other most of the time.
+        with threadpool_limits(limits=1, user_api="blas"):
+            return {g.name: _reconstructed(g, traced, statistics, inverses) for g in groups}
 
 
 register("attention")(AttentionCriterion)
@@ -141,7 +144,7 @@ def _by_input(
     found: dict[str, tuple[IntArray, list[Consumer]]] = {}
     for use in group.uses:
         consumer = consumers[use.consumer]
-        if use.consumer not in statistics.consumers or is_depthwise(consumer):
+        if use.consumer not in statistics.consumers or takes_outputs_along(use, consumer):
             continue
         key = statistics.consumers[use.consumer].input
         units = unit_variables(use.index, statistics.inputs[key].layout)
