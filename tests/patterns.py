@@ -67,13 +67,13 @@ def conv(i: int, o: int, k: int = 3, **kw: Any) -> nn.Conv2d:
 
 
 class Between(nn.Module):
-    """a: 3 -> C, then ``middle``, then b: ``out`` -> 5."""
+    """a: 3 -> width, then ``middle``, then b: ``out`` -> 5."""
 
-    c, out = 8, 8
+    width, out = 8, 8
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = conv(3, self.c), conv(self.out, 5)
+        self.a, self.b = conv(3, self.width), conv(self.out, 5)
 
     def middle(self, y: Tensor) -> Tensor:
         raise NotImplementedError
@@ -148,7 +148,7 @@ class OverlappingSlices(nn.Module):
 
 @case("a.weight:0 b.weight:1")
 class ChunkHalvesMeet(Between):
-    c, out = 16, 16
+    width, out = 16, 16
 
     def middle(self, y: Tensor) -> Tensor:
         p, q = y.chunk(2, 1)
@@ -157,7 +157,7 @@ class ChunkHalvesMeet(Between):
 
 @case("a.weight:0 b.weight:1")
 class SplitBySize(Between):
-    c, out = 12, 4
+    width, out = 12, 4
 
     def middle(self, y: Tensor) -> Tensor:
         p, q, r = y.split(y.shape[1] // 3, 1)
@@ -166,7 +166,7 @@ class SplitBySize(Between):
 
 @case()
 class GatedLinearUnit(Between):
-    c, out = 16, 8
+    width, out = 16, 8
 
     def middle(self, y: Tensor) -> Tensor:
         return F.glu(y, 1)
@@ -193,7 +193,7 @@ class DenseBlock(nn.Module):
 
 @case("a.weight:0 b.weight:1")
 class ChannelShuffle(Between):
-    c, out = 12, 12
+    width, out = 12, 12
 
     def middle(self, y: Tensor) -> Tensor:
         b, c, h, w = y.shape
@@ -202,7 +202,7 @@ class ChannelShuffle(Between):
 
 @case("a.weight:0 b.weight:1")
 class ChannelShuffleModule(Between):
-    c, out = 12, 12
+    width, out = 12, 12
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class ShuffleUnit(nn.Module):
 
 @case("a.weight:0 b.weight:1")
 class PixelShuffle(Between):
-    c, out = 16, 4
+    width, out = 16, 4
 
     def middle(self, y: Tensor) -> Tensor:
         return F.pixel_shuffle(y, 2)
@@ -255,7 +255,7 @@ class PixelShuffle(Between):
 
 @case("a.weight:0 b.weight:1")
 class PixelUnshuffle(Between):
-    c, out = 6, 24
+    width, out = 6, 24
 
     def middle(self, y: Tensor) -> Tensor:
         return F.pixel_unshuffle(y, 2)
@@ -263,7 +263,7 @@ class PixelUnshuffle(Between):
 
 @case("a.weight:0 b.weight:1")
 class SpaceToDepth(Between):
-    c, out = 6, 24
+    width, out = 6, 24
 
     def middle(self, y: Tensor) -> Tensor:
         parts = [y[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
@@ -272,7 +272,7 @@ class SpaceToDepth(Between):
 
 @case("a.weight:0 b.weight:1")
 class DepthToSpaceByView(Between):
-    c, out = 24, 6
+    width, out = 24, 6
 
     def middle(self, y: Tensor) -> Tensor:
         b, c, h, w = y.shape

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 class Norm(Between):
     """Norms over each channel go with it; what mixes the channels may lock them, not others."""
 
-    c, out = 16, 16
+    width, out = 16, 16
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class Norm(Between):
             "prelu": nn.PReLU(16),
         }
         functions = {"cumsum": lambda y: y.cumsum(1), "normalize": F.normalize}
-        self.middle = layers[kind] if kind in layers else functions[kind]  # type: ignore[method-assign]
+        self.layer = layers[kind] if kind in layers else functions[kind]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.middle(self.a(self.m(x).relu())))
+        return self.b(self.layer(self.a(self.m(x).relu())))
 
 
 @case("a.weight:0 b.weight:1 g.weight:0", inputs=((2, 5, 8),))
@@ -135,13 +135,13 @@ _MOVES = {
     "chunk cat": lambda y: torch.cat(y.chunk(4, 1)[::-1], 1),
     "split flip": lambda y: torch.cat(torch.tensor_split(y, 2, 1)[::-1], 1),
     "squeeze": lambda y: y.mean((2, 3), keepdim=True).squeeze().unsqueeze(-1).unsqueeze(-1),
-    "cross product": lambda y: y * (y.flatten(2) @ y.flatten(2).transpose(1, 2)).mean((1, 2))
+    "cross product": lambda y: y * (y.flatten(2) @ y.flatten(2).transpose(1, 2)).sum((1, 2))
     .view(-1, 1, 1, 1),
 }  # fmt: skip
 _FREE_MOVES = (
     "roll space", "flip space", "repeat", "pad space", "maximum", "where", "zeros", "ones like",
     "scale by width", "interpolate", "channels last", "in place", "computed view", "batch in view",
-    "negative view", "unflatten", "stack", "flip", "chunk cat", "cross product",
+    "negative view", "unflatten", "stack", "flip", "chunk cat",
 )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ class WrittenParts(Between):
 
 @case()
 class MaxOut(Between):
-    c, out = 16, 8
+    width, out = 16, 8
 
     def middle(self, y: Tensor) -> Tensor:
         b, c, h, w = y.shape

@@ -10,6 +10,7 @@ import torch
 from checks import assert_right, prunable
 from oracle import random_plan, randomise
 from patterns import CASES, Case
+from torch.utils._pytree import tree_leaves
 
 from fxprune.cut import cut
 from fxprune.traced import Traced, trace
@@ -41,24 +42,19 @@ def test_what_can_be_pruned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
 def test_keeping_all_changes_nothing(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     model = randomise(case.build().double())
     traced = trace(model, case.example())
-    whole = cut(traced, traced.full_plan())
-    for mine, theirs in zip(
-        torch.utils._pytree.tree_leaves(whole(*case.example(1))),
-        torch.utils._pytree.tree_leaves(traced.graph_module(*case.example(1))),
-        strict=True,
-    ):
-        assert torch.equal(mine, theirs)
-    for mine, theirs in zip(
-        torch.utils._pytree.tree_leaves(whole(*case.example(1))),
-        torch.utils._pytree.tree_leaves(model(*case.example(1))),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    whole, graph, users = (
+        tree_leaves(m(*case.example(1)))
+        for m in (cut(traced, traced.full_plan()), traced.graph_module, model)
+    )
+    for a, b, c in zip(whole, graph, users, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
 
 
 # -- heads and head dims -------------------------------------------------------------------------
