@@ -25,7 +25,9 @@ class TraceableAttention(nn.Module):
         super().__init__()
         self.embed_dim, self.num_heads = source.embed_dim, source.num_heads
         self.batch_first, self.dropout = source.batch_first, source.dropout
-        self.packed = source._qkv_same_embed_dim
+        self._qkv_same_embed_dim = source._qkv_same_embed_dim  # nn.TransformerEncoderLayer asks
+        self.kdim, self.vdim, self.head_dim = source.kdim, source.vdim, source.head_dim
+        self.bias_k = self.bias_v = None
         for name in _SHARED:
             self.register_parameter(name, getattr(source, name))
         self.out_proj = source.out_proj
@@ -43,10 +45,10 @@ class TraceableAttention(nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bias = self.in_proj_bias
-        if self.packed and query is key and key is value:
+        if self._qkv_same_embed_dim and query is key and key is value:
             q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
             return q, k, v
-        if self.packed:
+        if self._qkv_same_embed_dim:
             wq, wk, wv = self.in_proj_weight.chunk(3)
         else:
             wq, wk, wv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight

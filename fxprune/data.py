@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import random
 import struct
 import sys
 import urllib.error
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxprune.errors import DataError, FxpruneError, SpecError, unknown
+from fxprune.isolate import rng_kept
 
 SPECS = ("digits", "fashion-mnist", "imagefolder", "random")
 
@@ -91,7 +91,7 @@ def calibration_batches(
         data = [data]
     batches: list[Batch] = []
     samples = 0
-    with _same_rng(data, seed):
+    with _untouched(data, seed):
         for i, item in enumerate(_guarded(data)):
             batch = _check(_select(item, examples, i), examples, i)
             for part in _split(batch, examples, min(batch_size, limit - samples), limit - samples):
@@ -218,21 +218,15 @@ def _random(examples: Sequence[Any], samples: int, batch_size: int, seed: int) -
 
 
 @contextmanager
-def _same_rng(data: Any, seed: int) -> Iterator[None]:
+def _untouched(data: Any, seed: int) -> Iterator[None]:
     """Seed every global RNG, and put back those and the loader's own afterwards."""
     owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
     found = (getattr(owner, "generator", None) for owner in owners)
     own = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  users' transforms
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
+        with rng_kept(seed):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
         for generator, state in own:
             generator.set_state(state)
 

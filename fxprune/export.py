@@ -15,12 +15,9 @@ which attempt was taken, and why the earlier ones were not.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExportError, ModelError, OutputError, SpecError
+from fxprune.isolate import exact_arithmetic, quiet_exporters, rng_kept
 from fxprune.products import evaluating
 
 OPSETS = range(18, 24)
@@ -40,8 +38,6 @@ OPSETS = range(18, 24)
 _TORCHSCRIPT_OPSETS = range(18, 21)
 _EMBED_LIMIT = 2_000_000_000
 """Bytes; one protobuf file holds at most 2 GiB, so larger weights go into a second file."""
-
-_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def export_onnx(
     target = _writable(Path(path))
     check_opset(opset)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with evaluating(model), _own_rng(), _exact_arithmetic(), _quiet():
+    with evaluating(model), rng_kept(), exact_arithmetic(), quiet_exporters():
         job, notes = _prepare(model, inputs, opset, tolerance, dynamic_batch)
         attempts = [_Attempt(e, d) for d in (True, False) for e in ("torch.export", "torchscript")]
         for attempt in attempts:
@@ -452,37 +448,3 @@ def _one_line(e: BaseException, limit: int = 300) -> str:
     text = " ".join(str(e).split()) or "no message"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return f"{type(e).__name__}: {text}"
-
-
-@contextmanager
-def _own_rng() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield
-
-
-@contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """No TensorFloat-32 in the model's own outputs, where they come from a GPU."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, conv.allow_tf32 = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' progress and advice; what matters of it is in the report."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

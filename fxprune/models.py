@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fxprune.checkpoint import check_finite, load_state, read_state
 from fxprune.errors import FxpruneError, ModelError, SpecError, unknown
+from fxprune.isolate import rng_kept
 
 PRETRAINED = "default"
 """The ``weights`` that ask a model library for its own; only this may download."""
@@ -54,8 +55,7 @@ def load_model(
         raise SpecError(f"model {spec!r} is not a model spec; {_FORMS}")
     file = None if weights in (None, PRETRAINED) else weights
     state = read_state(file) if file else None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with rng_kept(seed):
         if source == "torchvision":
             model, default = _torchvision(name, weights == PRETRAINED)
         elif source == "timm":

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.coupling.run import Traits
+from fxprune.coupling.run import CREATORS, Traits, call_name
 from fxprune.errors import InternalError
 from fxprune.sizes import Sizes, kept_runs
 
@@ -59,8 +59,9 @@ class Rewriter:
     def _rewrite(self, old: fx.Node, new: fx.Node) -> None:
         if old.op not in ("call_function", "call_method"):
             return
-        handler = HANDLERS.get(_name(old))
-        if handler is not None and _makes_tensors(self.sizes.old(old)):
+        handler = HANDLERS.get(call_name(old))
+        wanted = _makes_tensors(self.sizes.old(old)) or old.target is operator.setitem
+        if handler is not None and wanted:
             handler(self, old, new)
         elif _makes_tensors(self.sizes.old(old)) or self.sizes.old(old) is None:
             self.keep_numbers(old, new)
@@ -142,14 +143,10 @@ class Rewriter:
 
     def _prune_sizes(self) -> None:
         """Drop size arithmetic that nothing uses any more."""
-        pure = {getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub}
+        pure: set[Any] = {getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub}
         for node in reversed(list(self.graph.nodes)):
             if not node.users and (node.target in pure or node.target == "size"):
                 self.graph.erase_node(node)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def _makes_tensors(value: Any) -> bool:
@@ -203,6 +200,37 @@ def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         new.args = (new.args[0], made)
 
 
+@register("view_as", "expand_as", "reshape_as")
+def _like(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """The other tensor may change where this one does not: the shape is made explicit."""
+    want = r.sizes.shape(r.sizes.old(old))
+    other = old.args[1] if len(old.args) > 1 else old.kwargs["other"]
+    now = r.sizes.shape(r.sizes.old(other))
+    if now != want:
+        shape = r.graph.call_function(getattr, (r.env[other], "shape"))
+        parts = (r.graph.call_function(operator.getitem, (shape, i)) for i in range(len(want)))
+        made = tuple(p if n == w else w for p, n, w in zip(parts, now, want, strict=True))
+        new.target = call_name(old).removesuffix("_as")
+        new.op = "call_method"
+        new.args, new.kwargs = (r.env[old.args[0]], made), {}
+
+
+@register(*CREATORS)
+def _created(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """torch.zeros(2, C), x.new_full((2, C), v)"""
+    want = r.sizes.shape(r.sizes.old(old))
+    at = 1 if old.op == "call_method" else 0
+    one = "full" in call_name(old)
+    sizes = old.kwargs.get("size", _as_list(old.args[at : at + 1] if one else old.args[at:]))
+    if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
+        sizes = (sizes,)
+    made = _new_sizes(r, sizes, want)
+    if "size" in old.kwargs:
+        new.kwargs = {**new.kwargs, "size": made}
+    else:
+        new.args = (*new.args[:at], made, *(new.args[at + 1 :] if one else ()))
+
+
 @register("unflatten")
 def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     names = dict(zip(("dim", "sizes"), old.args[1:], strict=False)) | dict(old.kwargs)
@@ -252,7 +280,7 @@ def _moved_slice(r: Rewriter, s: Any, traits: Traits, dim: int) -> Any:
     return moved.tolist()
 
 
-@register("getitem")
+@register("getitem", "setitem")
 def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     source = r.sizes.old(old.args[0])
     if not isinstance(source, Traits):
@@ -262,7 +290,7 @@ def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         return
     made, changed = _moved_index(r, index, source)
     if changed:
-        new.args = (r.env[old.args[0]], made)
+        new.args = (r.env[old.args[0]], made, *new.args[2:])
 
 
 def _moved_index(r: Rewriter, index: tuple[Any, ...], source: Traits) -> tuple[tuple[Any, ...], bool]:
@@ -296,7 +324,7 @@ def _copied(r: Rewriter, value: Any) -> Any:
 @register("narrow", "select")
 def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     source = r.sizes.old(old.args[0])
-    names = ("dim", "start", "length") if _name(old) == "narrow" else ("dim", "index")
+    names = ("dim", "start", "length") if call_name(old) == "narrow" else ("dim", "index")
     values = dict(zip(names, old.args[1:], strict=False)) | dict(old.kwargs)
     dim = values["dim"] % len(source.shape)
     if r.sizes.positions(source, dim).all():
@@ -337,7 +365,7 @@ def _layer_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 
 @register("group_norm", "channel_shuffle", "native_channel_shuffle")
 def _group_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    name = "num_groups" if _name(old) == "group_norm" else "groups"
+    name = "num_groups" if call_name(old) == "group_norm" else "groups"
     groups = _number(r, _argument(old, 1, name))
     _set(new, 1, name, kept_runs(r.sizes.kept_along(_source(old), 1), groups))
 
@@ -352,7 +380,7 @@ def _source(old: fx.Node) -> str:
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    at = 7 if "transpose" in _name(old) else 6
+    at = 7 if "transpose" in call_name(old) else 6
     groups = _number(r, _argument(old, at, "groups", 1))
     kept = kept_runs(r.sizes.kept_along(_source(old), 1), groups)
     if kept != groups:

@@ -96,6 +96,7 @@ class Labels:
     def __init__(self) -> None:
         self.facts = Facts()
         self.fields: Any = WeakTensorKeyDictionary()
+        self.strided: Any = WeakTensorKeyDictionary()  # slices with steps along labelled dims
         self.where = ""
         self.opaque = False
 
@@ -148,11 +149,12 @@ class Labels:
 
     def parameter(self, t: Tensor) -> None:
         """One fresh field for each dim of a parameter or buffer."""
-        fields: Fields = []
-        for d, size in enumerate(t.shape):
-            if size > 1:
-                fields.append(self.new(size).reshape([size if i == d else 1 for i in range(t.dim())]))
-        self.put(t, fields)
+        self.put(t, [self.along(t, d) for d, size in enumerate(t.shape) if size > 1])
+
+    def along(self, t: Tensor, dim: int) -> IntArray:
+        """A fresh field along one dim of ``t``."""
+        shape = [s if d == dim else 1 for d, s in enumerate(t.shape)]
+        return self.new(t.shape[dim]).reshape(shape)
 
     # -- relations between fields -------------------------------------------------------------
 
@@ -170,8 +172,6 @@ class Labels:
         if mixed == varying(f):
             self.lock(f, reason)
             return None
-        for d in mixed:
-            self.rect(f, d)
         return self.merge(f, mixed)
 
     def relate(self, a: IntArray, b: IntArray) -> None:
@@ -198,6 +198,16 @@ class Labels:
             if not touching and f.size > 1:
                 finest.append(f)
         return finest
+
+    def product(self, a: IntArray, b: IntArray) -> IntArray:
+        """Two aligned fields on different dims as one: a fresh label for each pair, child of both."""
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        made = self.new(int(np.prod(shape))).reshape(shape)
+        self.parent(a, made)
+        self.parent(b, made)
+        for d in varying(made):
+            self.rect(made, d)
+        return made
 
     def rows(self, f: IntArray, dims: Iterable[int]) -> IntArray | None:
         """Contract ``dims`` away: a fresh label for each row that is left, parent of its labels."""

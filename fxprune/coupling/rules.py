@@ -118,6 +118,9 @@ def unfixed(
 
 def _written(labels: Labels, target: Tensor, fields: Fields) -> None:
     """In-place: what the target's memory did not carry before cannot be tracked."""
+    if target in labels.strided:
+        for f in labels.of(target):
+            labels.lock(f, "written through a strided slice")
     covered: frozenset[int] = frozenset().union(*(varying(h) for h in labels.of(target)))
     for f in fields:
         if not varying(f) <= covered:
@@ -134,7 +137,7 @@ def _constant(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: 
 
 @register("aten.as_strided_", "aten.as_strided")
 def _as_strided(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    same = out.shape == args[0].shape
+    same = out.shape == args[0].shape and func._schema.is_mutable
     for f in labels.of(args[0]):
         if not same:
             labels.lock(f, "as_strided")
@@ -213,20 +216,31 @@ def _squeezed(f: IntArray, dims: Sequence[int]) -> IntArray:
 def _reshape(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     x = args[0]
     fields = []
-    for f in labels.of(x):
+    for f in _joined_by_reshape(labels, labels.of(x), x.shape, out.shape):
         g = reshaped(labels, f, x.shape, out.shape)
         if labels.opaque and [s for s in g.shape if s > 1] != [s for s in f.shape if s > 1]:
             labels.lock(f, "reshaped inside an opaque module")
         fields.append(g)
-    kept: Fields = []
-    for f in fields:
-        if any(varying(f) & varying(g) for g in kept):
-            labels.lock(f, "two channel dims flattened into one")
-            for g in kept:
-                labels.lock(g, "two channel dims flattened into one")
-        else:
-            kept.append(f)
-    labels.put(out, kept)
+    labels.put(out, fields)
+
+
+def _joined_by_reshape(
+    labels: Labels, fields: Fields, old: Sequence[int], new: Sequence[int]
+) -> Fields:
+    """Fields on different dims that a reshape flattens into one become one field of products."""
+    fields = list(fields)
+    for left, _ in _blocks(old, new):
+        inside = [f for f in fields if varying(f) & set(left)]
+        if len(inside) < 2:
+            continue
+        fields = [f for f in fields if not varying(f) & set(left)]
+        sides = [varying(f) for f in inside]
+        if sum(len(v) for v in sides) > len(frozenset().union(*sides)):
+            for f in inside:
+                labels.lock(f, "two channel dims flattened into one")
+            continue
+        fields.append(functools.reduce(labels.product, inside))
+    return fields
 
 
 @register("aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.numpy_T")
@@ -244,7 +258,14 @@ def _permute(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: T
 
 @register("aten.expand")
 def _expand(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    labels.put(out, [align(f, out.dim()) for f in labels.of(args[0])])
+    """Dims that grow from 1 take fresh labels: their extent follows whatever they meet."""
+    x = args[0]
+    fields = [align(f, out.dim()) for f in labels.of(x)]
+    old = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
+    if not labels.opaque:
+        grown = [d for d, s in enumerate(out.shape) if s > 1 and old[d] == 1]
+        fields += [labels.along(out, d) for d in grown]
+    labels.put(out, fields)
 
 
 @register("aten.repeat")
@@ -291,6 +312,8 @@ def _slice(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
         return
     start = start or 0
     labels.put(out, _taken(labels, labels.of(x), dim, slice(start, stop, step)))
+    if step != 1 and any(dim in varying(f) for f in labels.of(x)):
+        labels.strided[out] = True
 
 
 @register("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk", "aten.unsafe_chunk")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
@@ -75,6 +76,30 @@ class _LabelMode(TorchDispatchMode):
         self.labels.facts.products.append(record)
 
 
+class _Composites(TorchFunctionMode):
+    """Functions that would arrive as many ops, of which one locks the channels, taken as one op."""
+
+    def __init__(self, labels: Labels) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.rms_norm:
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            out = func(*args, **kwargs)
+        names = ("input", "normalized_shape", "weight", "eps")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        op = torch.ops.aten.rms_norm.default
+        apply_rule(self.labels, op, [given.get(n) for n in names[:3]], {}, out)
+        return out
+
+
+# Calls whose sizes are arguments in the graph: their extent follows whatever they meet.
+CREATORS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+
+
 class _LabelInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: _LabelMode, values: dict[str, Any]) -> None:
         super().__init__(gm)
@@ -87,8 +112,10 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = n.op == "call_module" and not isinstance(
             self.submodules[str(n.target)], LEAVES
         )
-        with self.mode:
+        with self.mode, _Composites(self.labels):
             result = super().run_node(n)
+        if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
+            self.labels.parameter(result)
         self.values[n.name] = self._traits(result)
         if n.op == "output":
             self.labels.where = ""
@@ -101,6 +128,12 @@ class _LabelInterpreter(fx.Interpreter):
             return Traits(tuple(t.shape), t.dtype, tuple(self.labels.of(t)))
 
         return tree_map_only(Tensor, one, value)
+
+
+def call_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    target: Any = node.target
+    return str(target) if node.op == "call_method" else getattr(target, "__name__", "")
 
 
 def label_run(captured: Captured) -> Run:

@@ -98,7 +98,7 @@ class _Solver:
     def cls_first(self) -> IntArray:
         """[classes] the first label of each class."""
         first = np.full(self.n, self.count, dtype=np.int64)
-        np.minimum.at(first, self.cls, np.arange(self.count))
+        np.minimum.at(first, self.cls, np.arange(len(self.cls)))
         return first
 
     def unite(self, a: IntArray, b: IntArray) -> None:
@@ -238,7 +238,6 @@ class _Solver:
             fresh = np.arange(self.count, self.count + flat.shape[1], dtype=np.int64)
             self.count += flat.shape[1]
             first = self.cls_first()
-            self.cls = np.concatenate([self.cls, np.full(len(fresh), -1)])
             self.parents.append(
                 (np.broadcast_to(fresh, flat.shape).ravel(), first[flat].ravel())
             )

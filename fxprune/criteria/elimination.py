@@ -16,9 +16,11 @@ P takes part, and only H = W^T W counts, so W may be any factor of H.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from fxprune.types import FloatArray, IntArray
@@ -28,7 +30,11 @@ LOOKAHEAD = 2  # candidates per channel that a round takes
 
 
 class Loss(Protocol):
-    """What the channels of a group are worth to the consumers of one input."""
+    """What the channels of a group are worth to the consumers of one input.
+
+    Channels are named by their present positions; a removal moves the last ones into the gaps, as
+    :func:`gaps` says.
+    """
 
     def costs(self) -> FloatArray:
         """[n]: the loss when one channel goes."""
@@ -43,39 +49,54 @@ class Loss(Protocol):
         ...
 
 
+def gaps(count: int, gone: IntArray) -> tuple[IntArray, IntArray]:
+    """Of ``count`` positions some go: (positions to fill, the last positions that fill them)."""
+    left = count - len(gone)
+    last = np.ones(len(gone), dtype=np.bool_)
+    last[gone[gone >= left] - left] = False
+    return gone[gone < left], left + np.flatnonzero(last)
+
+
 class Coupled:
-    """Channels that can stand in for each other. inverse P [m, m], factor [r, m], channel-major."""
+    """Channels that can stand in for each other. inverse P [m, m], factor [r, m], channel-major.
+
+    Both arrays are used up: what is left lies in their first ``size`` columns.
+    """
 
     def __init__(self, inverse: FloatArray, factor: FloatArray, k: int) -> None:
         self.inverse, self.factor, self.k = inverse, factor, k
+        self.size = len(inverse)
 
     def costs(self) -> FloatArray:
-        k, m = self.k, len(self.inverse)
+        k, m = self.k, self.size
+        factor = self.factor[:, :m]
         if k == 1:
-            diagonal = np.maximum(np.diagonal(self.inverse), np.finfo(np.float64).tiny)
-            costs: FloatArray = np.einsum("rm,rm->m", self.factor, self.factor) / diagonal
+            diagonal = np.maximum(np.diagonal(self.inverse)[:m], np.finfo(np.float64).tiny)
+            costs: FloatArray = np.einsum("rm,rm->m", factor, factor) / diagonal
             return costs
         n = m // k
         at = np.arange(n)
-        p = self.inverse.reshape(n, k, n, k)[at, :, at, :]
-        w = self.factor.reshape(-1, n, k)
+        p = self.inverse[:m, :m].reshape(n, k, n, k)[at, :, at, :]
+        w = factor.reshape(-1, n, k)
         h = np.einsum("rni,rnj->nij", w, w)
         return np.asarray(np.maximum(np.trace(np.linalg.solve(p, h), axis1=1, axis2=2), 0.0))
 
     def restricted(self, units: IntArray) -> Coupled:
         at = self._variables(units)
-        w = self.factor[:, at]
-        return Coupled(self.inverse[np.ix_(at, at)], factor_of(w), self.k)
+        return Coupled(self.inverse[np.ix_(at, at)], factor_of(self.factor[:, at]), self.k)
 
     def remove(self, units: IntArray) -> None:
         gone = self._variables(units)
-        left = np.delete(np.arange(len(self.inverse)), gone)
-        across = self.inverse[np.ix_(gone, left)]
-        update = np.linalg.solve(self.inverse[np.ix_(gone, gone)], across)
-        self.inverse = self.inverse[np.ix_(left, left)]
-        self.inverse -= across.T @ update
-        self.factor, taken = self.factor[:, left], self.factor[:, gone]
-        self.factor -= taken @ update
+        holes, movers = gaps(self.size, gone)
+        p, w = self.inverse[: self.size, : self.size], self.factor[:, : self.size]
+        across, taken = p[gone], w[:, gone]
+        update = np.linalg.solve(across[:, gone], across)
+        p[holes] = p[movers]
+        for columns in (p, w, across, update):
+            columns[:, holes] = columns[:, movers]
+        m = self.size = self.size - len(gone)
+        subtract_product(p[:m, :m], across[:, :m].T, update[:, :m])
+        subtract_product(w[:, :m], taken, update[:, :m])
 
     def _variables(self, units: IntArray) -> IntArray:
         if self.k == 1:
@@ -96,7 +117,22 @@ class Independent:
         return Independent(self.losses[units])
 
     def remove(self, units: IntArray) -> None:
-        self.losses = np.delete(self.losses, units)
+        self.losses = _removed(self.losses, units)
+
+
+def _removed(values: NDArray[Any], gone: IntArray) -> NDArray[Any]:
+    holes, movers = gaps(len(values), gone)
+    left = values[: len(values) - len(gone)].copy()
+    left[holes] = values[movers]
+    return left
+
+
+def subtract_product(target: FloatArray, a: FloatArray, b: FloatArray) -> None:
+    """``target`` -= ``a`` @ ``b``, in place; large ones without a temporary array."""
+    if target.size < 1 << 16:
+        target -= a @ b
+    else:
+        torch.from_numpy(target).addmm_(torch.from_numpy(a), torch.from_numpy(b), alpha=-1)
 
 
 def factor_of(w: FloatArray) -> FloatArray:
@@ -143,18 +179,16 @@ def eliminate(losses: Sequence[Loss], n: int, rows: int = 1) -> FloatArray:
     while len(alive):
         quota = max(1, len(alive) // rows // STEPS)
         costs = np.sum([loss.costs() for loss in losses], axis=0)
-        near = np.sort(
-            costs.reshape(rows, -1).argsort(axis=1, kind="stable")[:, : LOOKAHEAD * quota]
-        )
-        candidates = (near + np.arange(rows)[:, None] * (len(alive) // rows)).ravel()
-        picked, paid = _pick([x.restricted(candidates) for x in losses], quota, near.shape)
-        gone = candidates[picked]
+        by_row = np.lexsort((costs, alive // width)).reshape(rows, -1)
+        near = by_row[:, : LOOKAHEAD * quota]
+        picked, paid = _pick([loss.restricted(near.ravel()) for loss in losses], quota, near.shape)
+        gone = near.ravel()[picked]
         order.append(alive[gone])
         spent.append(paid)
+        gone = np.sort(gone)
         for loss in losses:
-            loss.remove(np.sort(gone))
-        alive = np.delete(alive, gone)
-    assert all(len(o) % rows == 0 for o in order) and width * rows == n
+            loss.remove(gone)
+        alive = _removed(alive, gone)
     return _cumulative(np.concatenate(order), np.concatenate(spent))
 
 
@@ -174,7 +208,7 @@ def _pick(
         left[alive[at] // each] -= 1
         for loss in losses:
             loss.remove(np.array([at]))
-        alive = np.delete(alive, at)
+        alive = _removed(alive, np.array([at]))
     return picked, paid
 
 
