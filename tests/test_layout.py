@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fxprune"
 
 ORDER = [
     # the ground
-    *("errors", "types", "products", "attention"),
+    *("errors", "isolate", "types", "products", "attention"),
     # the engine
     *("trace", "coupling", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it

@@ -1,0 +1,61 @@
+"""Leave the process as it was: RNG states, arithmetic modes, loggers and warnings."""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+_EXPORTERS = ("torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+
+
+@contextmanager
+def rng_kept(seed: int | None = None) -> Iterator[None]:
+    """Put back the global RNG states of torch (all devices), numpy and random.
+
+    With ``seed`` they all start from it inside the block.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  user code may use it
+    try:
+        with torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """No TensorFloat-32 on a GPU inside the block."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Silence the exporters' progress and advice, and warnings, inside the block."""
+    loggers = [logging.getLogger(name) for name in _EXPORTERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
