@@ -217,10 +217,8 @@ def main(
             "before": asdict(before),
             "after": asdict(after),
             "made by": {"seed": seed, "epochs": epochs, "macs share": SHARE},
-            "latency": "median ms in onnxruntime on the CPU, one thread",
             "seconds": seconds,
-            "versions": {m.__name__: m.__version__ for m in (torch, onnxruntime, np)},
-            "device": platform.processor() or platform.machine(),
+            **surroundings(),
         }
 
         def add_onnx(folder: Path) -> None:
@@ -230,6 +228,15 @@ def main(
         save(out, module, plan, figures, overwrite=overwrite, write=add_onnx)
     show(before, after, Path(out), seconds)
     return 0
+
+
+def surroundings() -> dict[str, object]:
+    """What the figures depend on besides the code."""
+    return {
+        "latency": "median ms in onnxruntime on the CPU, one thread",
+        "versions": {m.__name__: m.__version__ for m in (torch, onnxruntime, np)},
+        "device": platform.processor() or platform.machine(),
+    }
 
 
 def measure(

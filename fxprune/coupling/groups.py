@@ -96,6 +96,8 @@ class _Builder:
         for labels, why in self.run.facts.locks:
             for c in np.unique(self.s.cls[labels]):
                 reason[c] = reason[c] or why
+        for c in np.flatnonzero(self.s.pinned):
+            reason[c] = reason[c] or "its rows cross those of another block"
         touched = np.zeros(self.n, dtype=np.bool_)
         facts = self.run.facts
         for arrays in (

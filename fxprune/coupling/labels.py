@@ -98,7 +98,8 @@ class Labels:
         self.fields: Any = WeakTensorKeyDictionary()
         self.strided: Any = WeakTensorKeyDictionary()  # slices with steps along labelled dims
         self.where = ""
-        self.opaque = False
+        self.opaque = False  # inside a module that was not traced through
+        self.expands = False  # inside a call whose expanded extents follow what they meet
 
     # -- facts --------------------------------------------------------------------------------
 
@@ -205,8 +206,6 @@ class Labels:
         made = self.new(int(np.prod(shape))).reshape(shape)
         self.parent(a, made)
         self.parent(b, made)
-        for d in varying(made):
-            self.rect(made, d)
         return made
 
     def rows(self, f: IntArray, dims: Iterable[int]) -> IntArray | None:

@@ -118,9 +118,8 @@ def unfixed(
 
 def _written(labels: Labels, target: Tensor, fields: Fields) -> None:
     """In-place: what the target's memory did not carry before cannot be tracked."""
-    if target in labels.strided:
-        for f in labels.of(target):
-            labels.lock(f, "written through a strided slice")
+    for f in labels.strided.get(target, []):
+        labels.lock(f, "written through a strided slice")
     covered: frozenset[int] = frozenset().union(*(varying(h) for h in labels.of(target)))
     for f in fields:
         if not varying(f) <= covered:
@@ -262,7 +261,7 @@ def _expand(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
     x = args[0]
     fields = [align(f, out.dim()) for f in labels.of(x)]
     old = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
-    if not labels.opaque:
+    if labels.expands:
         grown = [d for d, s in enumerate(out.shape) if s > 1 and old[d] == 1]
         fields += [labels.along(out, d) for d in grown]
     labels.put(out, fields)
@@ -313,7 +312,7 @@ def _slice(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
     start = start or 0
     labels.put(out, _taken(labels, labels.of(x), dim, slice(start, stop, step)))
     if step != 1 and any(dim in varying(f) for f in labels.of(x)):
-        labels.strided[out] = True
+        labels.strided[out] = labels.of(x)
 
 
 @register("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk", "aten.unsafe_chunk")
@@ -664,18 +663,17 @@ def _record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | Non
     labels.facts.contractions.append(Contraction(const, tuple(kept)))
 
 
-def contract(labels: Labels, x: Fields, y: Fields, dim: int, size: int) -> Fields:
+def contract(
+    labels: Labels, x: Fields, y: Fields, shapes: Sequence[Sequence[int]], dim: int
+) -> Fields:
     """Aligned fields of two operands through a product summed over ``dim`` (kept, size 1)."""
-    if size > 1:
-        xs, ys = ([f for f in fs if dim in varying(f)] for fs in (x, y))
-        for f in xs:
-            for g in ys:
-                labels.relate(f, g)
-        if not (xs and ys):
-            reason = "multiplied with a tensor whose channels are fixed"
-            left = [labels.mix(f, [dim], reason) for f in x + y]
-            return labels.combine([f for f in left if f is not None])
-    left = [labels.rows(f, [dim]) for f in x + y]
+    reason = "multiplied with a tensor whose channels are fixed"
+    fields = unfixed(labels, shapes, [x, y], reason)
+    along = [f for f in fields if dim in varying(f)]
+    for i, f in enumerate(along):
+        for g in along[:i]:
+            labels.relate(g, f)
+    left = [labels.rows(f, [dim]) for f in fields]
     return labels.combine([f for f in left if f is not None])
 
 
@@ -684,7 +682,8 @@ def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | No
     at = x.dim() - 1
     fx = [np.expand_dims(f, at + 1) for f in labels.of(x)]
     fy = [np.expand_dims(f, at - 1) for f in labels.of(y)]
-    fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, at, x.shape[-1])]
+    shapes = [[*x.shape, 1], [*y.shape[:-2], 1, *y.shape[-2:]]]
+    fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, shapes, at)]
     sizes = [(s, _dim_labels(fields, d)) for d, s in enumerate(out.shape)]
     inner = _dim_labels(labels.of(x), at)
     _record(labels, 1, [*sizes, (x.shape[-1], inner)])
@@ -716,11 +715,16 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
     n = q.dim()  # [*, L, D] x [*, S, D] -> [*, L, S]
     fq = [np.expand_dims(f, n - 1) for f in labels.of(q)]
     fk = [np.expand_dims(f, n - 2) for f in labels.of(k)]
-    scores = [np.squeeze(f, n) for f in contract(labels, fq, fk, n, q.shape[-1])]
+    shapes = [
+        [*q.shape[:-1], 1, q.shape[-1]],
+        [*k.shape[:-2], 1, *k.shape[-2:]],
+    ]
+    scores = [np.squeeze(f, n) for f in contract(labels, fq, fk, shapes, n)]
     scores = [f for f in (labels.mix(f, [n - 1], "softmax over the channels") for f in scores) if f is not None]
     fs = [np.expand_dims(f, n) for f in scores]
     fv = [np.expand_dims(f, n - 2) for f in labels.of(v)]
-    fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, n - 1, k.shape[-2])]
+    shapes = [[*q.shape[:-1], k.shape[-2], 1], [*v.shape[:-2], 1, *v.shape[-2:]]]
+    fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, shapes, n - 1)]
     lead = [(s, _dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
     _record(labels, k.shape[-2], [*lead, (q.shape[-1], _dim_labels(labels.of(q), n - 1))])
     _record(labels, k.shape[-2], [*lead, (v.shape[-1], _dim_labels(labels.of(v), n - 1))])

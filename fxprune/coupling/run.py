@@ -99,6 +99,10 @@ class _Composites(TorchFunctionMode):
 # Calls whose sizes are arguments in the graph: their extent follows whatever they meet.
 CREATORS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 
+EXPANDERS = (
+    "expand", "expand_as", "broadcast_to", "matmul", "einsum", "scaled_dot_product_attention",
+)  # fmt: skip
+
 
 class _LabelInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: _LabelMode, values: dict[str, Any]) -> None:
@@ -112,6 +116,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = n.op == "call_module" and not isinstance(
             self.submodules[str(n.target)], LEAVES
         )
+        self.labels.expands = n.op != "call_module" and call_name(n) in EXPANDERS
         with self.mode, _Composites(self.labels):
             result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):

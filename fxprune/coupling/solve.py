@@ -28,6 +28,7 @@ class Solution:
     row       [classes] class of the row parent, or -1
     unit      [classes] class of the column parent, or the class itself
     is_row    [classes] whether the class is the row parent of others
+    pinned    [classes] rows that cross those of another block, and cannot go
     blocks    balanced blocks [S, D] of units: S >= 2 rows that keep equally many of D columns
     rects, uniforms   the recorded blocks in terms of classes
     """
@@ -36,6 +37,7 @@ class Solution:
     row: IntArray
     unit: IntArray
     is_row: BoolArray
+    pinned: BoolArray
     blocks: list[IntArray]
     rects: list[IntArray]
     uniforms: list[IntArray]
@@ -53,6 +55,7 @@ class _Solver:
         self.slots = slots
         self.unions = list(facts.unions)
         self.parents = list(facts.parents)
+        self.pinned_labels: list[IntArray] = []
         self.rect_labels = _distinct(facts.rects)
         self.uniform_labels = _distinct(facts.uniforms)
 
@@ -61,17 +64,22 @@ class _Solver:
     def round(self) -> Solution | None:
         """A solution, or None when new unions were needed."""
         self.classify()
-        before = len(self.unions) + len(self.parents)
+        before = self.size()
         self.settle_parents()
-        if len(self.unions) + len(self.parents) > before:
+        if self.size() > before:
             return None
         self.roles()
         blocks = self.blocks()
-        if len(self.unions) + len(self.parents) > before:
+        if self.size() > before:
             return None
         return Solution(
-            self.cls, self.row, self.unit, self.is_row, blocks, self.rects, self.uniforms
-        )
+            self.cls, self.row, self.unit, self.is_row, self.pinned, blocks, self.rects,
+            self.uniforms,
+        )  # fmt: skip
+
+    def size(self) -> int:
+        """How much has been said."""
+        return len(self.unions) + len(self.parents) + len(self.pinned_labels)
 
     def classify(self) -> None:
         if self.unions:
@@ -94,6 +102,10 @@ class _Solver:
             self.pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         else:
             self.pairs = np.zeros((0, 2), dtype=np.int64)
+        self.pinned = np.zeros(self.n, dtype=np.bool_)
+        if self.pinned_labels:
+            self.pinned[self.cls[np.concatenate(self.pinned_labels)]] = True
+            self.pairs = self.pairs[~self.pinned[self.pairs[:, 0]]]
 
     def cls_first(self) -> IntArray:
         """[classes] the first label of each class."""
@@ -121,9 +133,17 @@ class _Solver:
         a = sparse.csr_matrix((np.ones(len(p), dtype=np.int64), (p, c)), shape=(self.n, self.n))
         shared = (a @ a.T).tocoo()
         upper = shared.row < shared.col
-        x, y, s = shared.row[upper], shared.col[upper], shared.data[upper]
-        same = (s > 1) | (s == np.minimum(size[x], size[y]))
-        self.unite(x[same].astype(np.int64), y[same].astype(np.int64))
+        x, y, s = (v[upper].astype(np.int64) for v in (shared.row, shared.col, shared.data))
+        equal = (s == size[x]) & (s == size[y])
+        self.unite(x[equal], y[equal])
+        odd = ~equal & ((s > 1) | (s == np.minimum(size[x], size[y])))
+        row = np.zeros(self.n, dtype=np.bool_)
+        row[self._row_parents(p, c)] = True
+        columns = odd & ~row[x] & ~row[y]
+        self.unite(x[columns], y[columns])
+        crossing = np.concatenate([x[odd & row[x]], y[odd & row[y]]])
+        if len(crossing):
+            self.pinned_labels.append(self.cls_first()[np.unique(crossing)])
 
     # -- roles --------------------------------------------------------------------------------
 
@@ -190,10 +210,9 @@ class _Solver:
             links += [(ids[0], i) for i in ids[1:]]
         if not order and not conflicts:
             return []
-        before = len(self.unions) + len(self.parents)
+        before = self.size()
         self._untangle(order, uses, conflicts)
-        settled = len(self.unions) + len(self.parents) == before
-        return self._components(order, links) if settled else []
+        return self._components(order, links) if self.size() == before else []
 
     def _untangle(
         self,

@@ -60,11 +60,12 @@ def gaps(count: int, gone: IntArray) -> tuple[IntArray, IntArray]:
 class Coupled:
     """Channels that can stand in for each other. inverse P [m, m], factor [r, m], channel-major.
 
-    Both arrays are used up: what is left lies in their first ``size`` columns.
+    What is left lies in the first ``size`` columns of both.
     """
 
     def __init__(self, inverse: FloatArray, factor: FloatArray, k: int) -> None:
-        self.inverse, self.factor, self.k = inverse, factor, k
+        self.inverse, self.factor = inverse.copy(order="C"), factor.copy(order="C")
+        self.k = k
         self.size = len(inverse)
 
     def costs(self) -> FloatArray:
@@ -90,7 +91,7 @@ class Coupled:
         holes, movers = gaps(self.size, gone)
         p, w = self.inverse[: self.size, : self.size], self.factor[:, : self.size]
         across, taken = p[gone], w[:, gone]
-        update = np.linalg.solve(across[:, gone], across)
+        update: FloatArray = np.asarray(np.linalg.solve(across[:, gone], across), dtype=np.float64)
         p[holes] = p[movers]
         for columns in (p, w, across, update):
             columns[:, holes] = columns[:, movers]
