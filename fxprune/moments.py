@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -336,6 +336,19 @@ class InputAccumulator:
         moved = {name: m.result() for name, m in self.moved.items()}
         single = moved.pop("", None)
         return InputStatistics(self.layout, plain, attention, single, moved)
+
+
+def tap_coverage(dims: Sequence[tuple[int, int, int, int, int, int]]) -> Tensor:
+    """[T]: the share of output positions at which each tap of a kernel meets no padding.
+
+    ``dims``: (input size, output size, kernel, stride, dilation, padding before) of each dim.
+    """
+    total = torch.ones(1, dtype=torch.float64)
+    for size, outs, kernel, stride, dilation, padding in dims:
+        at = torch.arange(outs)[:, None] * stride + torch.arange(kernel) * dilation - padding
+        share = ((at >= 0) & (at < size)).double().mean(0)
+        total = (total[:, None] * share).flatten()
+    return total
 
 
 class OutputEnergy:

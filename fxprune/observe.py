@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.errors import DataError, InternalError
 from fxprune.moments import (
@@ -26,6 +26,7 @@ from fxprune.moments import (
     Layout,
     OutputEnergy,
     split_weight,
+    tap_coverage,
 )
 from fxprune.products import Product, storage_key, watch
 from fxprune.types import ChannelGroup, Consumer, IntArray, Use
@@ -40,14 +41,15 @@ class ConsumerStatistics:
 
     input     key of its input in :attr:`Statistics.inputs`
     energy    mean over output positions of |y - mean y|^2, summed over output channels
-    coverage  input positions per output position, of a transposed convolution; 1 for all others
+    coverage  [T]: the share of output positions at which each tap of the kernel meets the input:
+              less than 1 at zero padding; of a transposed convolution input positions per output
     weight    the operand as the op saw it, in the parameter's layout for this kind, where the
               parameter holds more than that (a slice of it); None where it is the whole parameter
     """
 
     input: str
     energy: float
-    coverage: float = 1.0
+    coverage: Tensor
     weight: Tensor | None = None
 
 
@@ -198,7 +200,8 @@ class _Pass:
             for key in dict.fromkeys(shared.values())
         }
         self.energy = {key: OutputEnergy(needed[key].kind) for key in shared}
-        self.coverage: dict[str, float] = {}
+        self.coverage: dict[str, Tensor] = {}
+        self.nodes = {n.name: n for n in traced.graph_module.graph.nodes}
         self.operands: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {
             **dict(traced.graph_module.named_buffers(remove_duplicate=False)),
@@ -227,15 +230,35 @@ class _Pass:
 
     def _first(self, key: str, product: Product, out: Tensor) -> None:
         consumer = self.needed[key]
-        self.coverage[key] = 1.0
-        if product.transposed:
-            positions = product.x.numel() / product.x.shape[1]
-            self.coverage[key] = positions * out.shape[1] / out.numel()
+        self.coverage[key] = self._taps(consumer, product, out)
         if product.w.numel() != self.weights[consumer.weight].numel():
             w = product.w
             if consumer.kind == "linear":
                 w = w.t() if consumer.in_dim == 1 else w
             self.operands[key] = w.detach().clone()
+
+    def _taps(self, consumer: Consumer, product: Product, out: Tensor) -> Tensor:
+        """[T]; see :class:`ConsumerStatistics`. Padding is known of modules only, 1 elsewhere."""
+        if consumer.kind != "conv":
+            return torch.ones(Layout.of(consumer).taps, dtype=torch.float64)
+        kernel = product.w.shape[2:]
+        if product.transposed:
+            share = product.x.numel() / product.x.shape[1] * out.shape[1] / out.numel()
+            return torch.full((kernel.numel(),), share, dtype=torch.float64)
+        node = self.nodes[consumer.node]
+        module = None
+        if node.op == "call_module":
+            module = self.traced.graph_module.get_submodule(str(node.target))
+        if not isinstance(module, nn.modules.conv._ConvNd) or module.padding_mode != "zeros":
+            return torch.ones(kernel.numel(), dtype=torch.float64)
+        padding = module.padding
+        if isinstance(padding, str):
+            same = padding == "same"
+            pairs = zip(module.dilation, kernel, strict=True)
+            padding = tuple(d * (k - 1) // 2 if same else 0 for d, k in pairs)
+        sizes = zip(product.x.shape[2:], out.shape[2:], strict=True)
+        steps = zip(kernel, module.stride, module.dilation, padding, strict=True)
+        return tap_coverage([(*a, *b) for a, b in zip(sizes, steps, strict=True)])
 
     def _not_finite(self, key: str, x: Tensor, out: Tensor) -> None:
         if bool(torch.isfinite(out).all()):

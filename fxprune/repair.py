@@ -123,7 +123,8 @@ class LeastSquares:
         blocks = self.statistics.blocks(consumer)
         rows = _rows(masks, self.traced.param_classes.get((weight, consumer.out_dim)), consumer)
         device = target.device
-        new, shift = _rewrite(blocks, solved, torch.from_numpy(rows))
+        coverage = self.statistics.consumers[consumer.key].coverage
+        new, shift = _rewrite(blocks, solved, torch.from_numpy(rows), coverage)
         kernel = target.shape[2:] if consumer.kind == "conv" else torch.Size()
         joined = join_weight(consumer, new, kernel, layout)
         if joined.shape != target.shape:
@@ -132,7 +133,6 @@ class LeastSquares:
                 f"its plan says {tuple(joined.shape)}"
             )
         target.copy_(joined.to(device))
-        shift = shift * self.statistics.consumers[consumer.key].coverage
         note = self._shift(consumers, shift, masks, targets)
         if solved.regression is None:
             note = "too many channels for a regression; only the mean part was repaired"
@@ -289,10 +289,13 @@ def _rows(masks: BoolArray, classes: Any, consumer: Consumer) -> BoolArray:
     return keep.reshape(consumer.groups, -1)
 
 
-def _rewrite(blocks: Tensor, solved: _Solved, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _rewrite(
+    blocks: Tensor, solved: _Solved, rows: Tensor, coverage: Tensor
+) -> tuple[Tensor, Tensor]:
     """The new weights [g', o, k, T] and the shift of the outputs' means [g' * o], float64.
 
-    ``blocks`` [g, O/g, v, T]: the original weight; ``rows`` [g, O/g]: the outputs that are kept.
+    ``blocks`` [g, O/g, v, T]: the original weight; ``rows`` [g, O/g]: the outputs that are kept;
+    ``coverage`` [T]: how often each tap meets the input.
     """
     device = blocks.device
     outs = blocks.shape[1]
@@ -306,6 +309,7 @@ def _rewrite(blocks: Tensor, solved: _Solved, rows: Tensor) -> tuple[Tensor, Ten
     w = blocks[solved.alive.to(device)] if len(solved.alive) < len(blocks) else blocks
     at = torch.arange(len(w), device=device)[:, None, None]
     step = max(1, _AT_ONCE // max(1, w.shape[0] * w.shape[2] * w.shape[3]))
+    taps = coverage.to(device)
     weights: list[Tensor] = []
     shifts: list[Tensor] = []
     for part in torch.split(kept_rows.to(device), step, dim=1):
@@ -314,7 +318,7 @@ def _rewrite(blocks: Tensor, solved: _Solved, rows: Tensor) -> tuple[Tensor, Ten
         if regression is not None:
             stay = stay + torch.einsum("gort,grk->gokt", gone, regression)
         weights.append(stay)
-        shifts.append(torch.einsum("gort,gr->go", gone, offset))
+        shifts.append(torch.einsum("gort,gr,t->go", gone, offset, taps))
     return torch.cat(weights, 1), torch.cat(shifts, 1).flatten()
 
 

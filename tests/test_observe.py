@@ -201,6 +201,16 @@ def test_memory_does_not_grow() -> None:
     assert held() == first
 
 
+@pytest.mark.parametrize("kw", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}])
+def test_tap_coverage_is_a_convolution_of_ones(kw: dict[str, int]) -> None:
+    """One output channel for each tap, and an input of ones: its mean is the coverage."""
+    ones, taps = torch.ones(1, 1, 5, 6).double(), torch.eye(9).double().reshape(9, 1, 3, 3)
+    out = nn.functional.conv2d(ones, taps, **kw)
+    rest = (kw.get("stride", 1), kw.get("dilation", 1), kw.get("padding", 0))
+    dims = [(i, o, 3, *rest) for i, o in zip((5, 6), out.shape[2:], strict=True)]
+    assert torch.allclose(moments.tap_coverage(dims), out[0].mean((1, 2)))
+
+
 def test_upper_part_is_mirrored() -> None:
     x = torch.randn(500, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(12))
     seen = accumulate(consumer("linear", range(300)), list(x.split(90)))

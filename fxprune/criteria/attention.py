@@ -14,7 +14,7 @@ A group sums over the consumers that its channels enter, each relative to its ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,21 +171,24 @@ def _reconstructed(
 
 
 def _share(statistics: Statistics, consumer: Consumer) -> float:
-    """1 / output energy, times the part of the taps that meets each output."""
-    seen = statistics.consumers[consumer.key]
-    return seen.coverage / seen.energy if seen.energy > 0 else 0.0
+    """1 / output energy."""
+    energy = statistics.consumers[consumer.key].energy
+    return 1 / energy if energy > 0 else 0.0
 
 
-def _chunks(blocks: torch.Tensor) -> list[torch.Tensor]:
-    """[g, O/g, v, T] in parts along O/g that are small enough to be held in float64."""
+def _parts(statistics: Statistics, consumer: Consumer) -> Iterator[torch.Tensor]:
+    """The weight in float64, each tap by the root of its coverage: [g, O/g, v, T], parts of O/g."""
+    blocks = statistics.blocks(consumer)
+    root = statistics.consumers[consumer.key].coverage.sqrt().to(blocks.device)
     per_output = max(1, blocks.numel() // blocks.shape[1])
-    return list(torch.split(blocks, max(1, _AT_ONCE // per_output), dim=1))
+    for part in torch.split(blocks, max(1, _AT_ONCE // per_output), dim=1):
+        yield part.double() * root
 
 
 def _column_energies(statistics: Statistics, consumer: Consumer, at: IntArray) -> FloatArray:
     """Relative |W_c|^2 of the variables ``at``."""
-    parts = _chunks(statistics.blocks(consumer))
-    total = sum(part.double().square().sum((1, 3)).flatten() for part in parts)
+    parts = _parts(statistics, consumer)
+    total = sum(part.square().sum((1, 3)).flatten() for part in parts)
     assert isinstance(total, torch.Tensor)
     column: FloatArray = total.cpu().numpy()[at] * _share(statistics, consumer)
     return column
@@ -196,28 +199,28 @@ def _factor(statistics: Statistics, consumers: list[Consumer], at: IntArray) -> 
     if len(consumers) == 1 and consumers[0].groups == 1:
         blocks = statistics.blocks(consumers[0])
         if blocks.shape[1] * blocks.shape[3] <= len(at):
-            w = blocks[0, :, torch.from_numpy(at)].double().transpose(1, 2)
-            scaled = w.reshape(-1, len(at)).cpu().numpy()
-            return factor_of(scaled * np.sqrt(_share(statistics, consumers[0])))
+            parts = [p[0, :, torch.from_numpy(at)] for p in _parts(statistics, consumers[0])]
+            w = torch.cat(parts).transpose(1, 2).reshape(-1, len(at)).cpu().numpy()
+            return factor_of(w * np.sqrt(_share(statistics, consumers[0])))
     square = np.zeros((len(at), len(at)))
     for consumer in consumers:
-        square += _square(statistics.blocks(consumer), at) * _share(statistics, consumer)
+        square += _square(statistics, consumer, at) * _share(statistics, consumer)
     return factor_of_square(square)
 
 
-def _square(blocks: torch.Tensor, at: IntArray) -> FloatArray:
+def _square(statistics: Statistics, consumer: Consumer, at: IntArray) -> FloatArray:
     """W^T W [m, m] over the variables ``at``; zero between convolution groups."""
-    if blocks.shape[0] == 1:
-        chosen = torch.from_numpy(at).to(blocks.device)
-        total = torch.zeros(len(at), len(at), dtype=torch.float64, device=blocks.device)
-        for part in _chunks(blocks):
-            w = part[0].index_select(1, chosen).double().transpose(1, 2).reshape(-1, len(at))
-            total += w.t() @ w
-        result: FloatArray = total.cpu().numpy()
-        return result
-    w = blocks.double()
-    parts = torch.einsum("govt,gowt->gvw", w, w).cpu().numpy()
-    return _block_diagonal(list(parts))[np.ix_(at, at)]
+    if consumer.groups == 1:
+        total = np.zeros((len(at), len(at)))
+        for part in _parts(statistics, consumer):
+            chosen = torch.from_numpy(at).to(part.device)
+            w = part[0].index_select(1, chosen).transpose(1, 2).reshape(-1, len(at))
+            total += (w.t() @ w).cpu().numpy()
+        return total
+    parts = _parts(statistics, consumer)
+    squares = sum(torch.einsum("govt,gowt->gvw", w, w).cpu().numpy() for w in parts)
+    assert isinstance(squares, np.ndarray)
+    return _block_diagonal(list(squares))[np.ix_(at, at)]
 
 
 def _displaced(group: ChannelGroup, traced: Traced, statistics: Statistics) -> FloatArray:
