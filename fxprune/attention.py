@@ -21,6 +21,12 @@ class TraceableAttention(nn.Module):
     original is configured) -> (output like query, weights [N, L, S] or None).
     """
 
+    in_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter | None
+    q_proj_weight: nn.Parameter
+    k_proj_weight: nn.Parameter
+    v_proj_weight: nn.Parameter
+
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads = source.embed_dim, source.num_heads

@@ -44,7 +44,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class Products:
-    """Sum over items of ``const * product of widths``; ``start`` [I]: the first dim of each item."""
+    """Sum over I items of ``const * product of widths``; ``start`` [I]: first dim of each."""
 
     widths: Widths
     start: IntArray
@@ -110,7 +110,11 @@ class CostModel:
     def _products(
         self, items: list[list[dict[Pair, float]]], const: Sequence[float], base: float
     ) -> Products:
-        rows, cols, coefs, dim_start, item_start = [], [], [], [], []
+        rows: list[int] = []
+        cols: list[int] = []
+        coefs: list[float] = []
+        dim_start: list[int] = []
+        item_start: list[int] = []
         for dims in items:
             item_start.append(len(dim_start))
             for terms in dims:
@@ -128,7 +132,9 @@ class CostModel:
         params, weight_bytes = [], []
         base_params = base_bytes = 0
         for name, t in self._coupling.parameters.items():
-            keys = [(name, d) for d in range(len(t.shape)) if (name, d) in self._coupling.param_classes]
+            keys = [
+                (name, d) for d in range(len(t.shape)) if (name, d) in self._coupling.param_classes
+            ]
             rest = int(np.prod([s for d, s in enumerate(t.shape) if (name, d) not in keys]))
             size = t.dtype.itemsize
             if keys:

@@ -78,9 +78,10 @@ def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     if next(module.children(), None) is not None:
         return copy.deepcopy(module, dict(tensors))
     new = copy.copy(module)
-    new._parameters = {
-        k: None if p is None else tensors.get(id(p), p) for k, p in module._parameters.items()
-    }  # type: ignore[assignment]
+    new._parameters = {}
+    for name, p in module._parameters.items():
+        made: Any = None if p is None else tensors.get(id(p), p)
+        new._parameters[name] = made
     new._buffers = {
         k: None if b is None else tensors.get(id(b), b) for k, b in module._buffers.items()
     }
@@ -168,7 +169,8 @@ def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
     try:
         with torch.no_grad():
             x, y = (
-                [t for t in _leaves(m(*copy.deepcopy(inputs))) if isinstance(t, Tensor)] for m in (a, b)
+                [t for t in _leaves(m(*copy.deepcopy(inputs))) if isinstance(t, Tensor)]
+                for m in (a, b)
             )
     except Exception:  # noqa: BLE001 - any failure means: this class cannot run at these widths
         return False

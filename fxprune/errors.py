@@ -8,7 +8,7 @@ FxpruneError
 │   ├── PlanError         a plan does not belong to this model
 │   ├── SpecError         an unknown model, data set, criterion, allocation or option
 │   └── OutputError       a file or folder cannot be written
-├── ExportError           the ONNX file could not be made, or does not compute what the model computes
+├── ExportError           no ONNX file could be made that computes what the model computes
 └── InternalError         a stage broke its own contract: a bug in fxprune, never a wrong model
 
 A message says what was expected, what came, where, and what to do.

@@ -6,14 +6,12 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune import allocate, criteria
@@ -24,6 +22,7 @@ from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
 from fxprune.errors import ModelError, SpecError, unknown
 from fxprune.fitness import EvaluateFitness, KLFitness, Repair
+from fxprune.isolate import rng_kept
 from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
 from fxprune.traced import Traced, trace
@@ -111,7 +110,7 @@ def prune(
         executor,
     )  # fmt: skip
     clock = _Clock()
-    with _rng_kept():
+    with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
         calibration = calibration_batches(
@@ -245,7 +244,7 @@ def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:
 
     Raises PlanError when the plan does not belong to this model.
     """
-    with _rng_kept():
+    with rng_kept():
         traced = trace(model, example_inputs)
         gm = cut(traced, plan)
         small = as_user_class(traced, plan, gm)
@@ -271,14 +270,3 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self.last = round(now - self.last, 4), now
-
-
-@contextmanager
-def _rng_kept() -> Iterator[None]:
-    """Torch's and numpy's global RNG states are put back."""
-    states = torch.get_rng_state(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])

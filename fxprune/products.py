@@ -80,13 +80,11 @@ OnProduct = Callable[[str, Product, Tensor], "Tensor | None"]
 
 class _Watch(TorchDispatchMode):
     def __init__(self, names: dict[int, str], on_product: OnProduct) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.on_product = names, on_product
         self.node, self.count = "", 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         product = as_product(func, args)
         if product is not None and storage_key(product.w) in self.names:

@@ -92,8 +92,8 @@ class Rewriter:
             return self._original_shape(node)
         if from_tensor or not node.all_input_nodes:
             return value
-        args = fx.node.map_arg(node.args, self.original)
-        kwargs = fx.node.map_arg(node.kwargs, self.original)
+        args: Any = fx.node.map_arg(node.args, self.original)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self.original)
         if not _has_nodes((args, kwargs)):
             return value
         if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
@@ -143,7 +143,14 @@ class Rewriter:
 
     def _prune_sizes(self) -> None:
         """Drop size arithmetic that nothing uses any more."""
-        pure: set[Any] = {getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub}
+        pure: set[Any] = {
+            getattr,
+            operator.getitem,
+            operator.mul,
+            operator.floordiv,
+            operator.add,
+            operator.sub,
+        }
         for node in reversed(list(self.graph.nodes)):
             if not node.users and (node.target in pure or node.target == "size"):
                 self.graph.erase_node(node)
@@ -155,8 +162,21 @@ def _makes_tensors(value: Any) -> bool:
 
 def _has_nodes(tree: Any) -> bool:
     found: list[fx.Node] = []
-    fx.node.map_arg(tree, lambda n: found.append(n) or n)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(tree, note)
     return bool(found)
+
+
+def _args(node: fx.Node) -> Any:
+    return node.args
+
+
+def _kwargs(node: fx.Node) -> Any:
+    return node.kwargs
 
 
 # -- shapes -----------------------------------------------------------------------------------
@@ -178,7 +198,7 @@ def _new_sizes(r: Rewriter, sizes: Any, want: tuple[int, ...]) -> Any:
 
 def _as_list(args: tuple[Any, ...]) -> Any:
     """Sizes given one by one, or as one list, tuple or node."""
-    if len(args) == 1 and (isinstance(args[0], (list, tuple)) or isinstance(args[0], fx.Node)):
+    if len(args) == 1 and isinstance(args[0], (list, tuple, fx.Node)):
         return args[0]
     return args
 
@@ -186,8 +206,8 @@ def _as_list(args: tuple[Any, ...]) -> Any:
 @register("view", "reshape", "expand", "view_copy", "broadcast_to")
 def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """x.view(2, C, -1), torch.reshape(x, shape), x.expand(...)"""
-    key = next((k for k in ("shape", "size") if k in old.kwargs), None)
-    sizes = old.kwargs[key] if key else _as_list(old.args[1:])
+    key = next((k for k in ("shape", "size") if k in _kwargs(old)), None)
+    sizes = _kwargs(old)[key] if key else _as_list(_args(old)[1:])
     if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
         sizes = (sizes,)
     if not isinstance(sizes, (fx.Node, tuple, list)):
@@ -204,7 +224,7 @@ def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 def _like(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """The other tensor may change where this one does not: the shape is made explicit."""
     want = r.sizes.shape(r.sizes.old(old))
-    other = old.args[1] if len(old.args) > 1 else old.kwargs["other"]
+    other = _args(old)[1] if len(_args(old)) > 1 else _kwargs(old)["other"]
     now = r.sizes.shape(r.sizes.old(other))
     if now != want:
         shape = r.graph.call_function(getattr, (r.env[other], "shape"))
@@ -212,7 +232,7 @@ def _like(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         made = tuple(p if n == w else w for p, n, w in zip(parts, now, want, strict=True))
         new.target = call_name(old).removesuffix("_as")
         new.op = "call_method"
-        new.args, new.kwargs = (r.env[old.args[0]], made), {}
+        new.args, new.kwargs = (r.env[_args(old)[0]], made), {}
 
 
 @register(*CREATORS)
@@ -221,11 +241,11 @@ def _created(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     want = r.sizes.shape(r.sizes.old(old))
     at = 1 if old.op == "call_method" else 0
     one = "full" in call_name(old)
-    sizes = old.kwargs.get("size", _as_list(old.args[at : at + 1] if one else old.args[at:]))
+    sizes = _kwargs(old).get("size", _as_list(_args(old)[at : at + 1] if one else _args(old)[at:]))
     if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
         sizes = (sizes,)
     made = _new_sizes(r, sizes, want)
-    if "size" in old.kwargs:
+    if "size" in _kwargs(old):
         new.kwargs = {**new.kwargs, "size": made}
     else:
         new.args = (*new.args[:at], made, *(new.args[at + 1 :] if one else ()))
@@ -233,8 +253,8 @@ def _created(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 
 @register("unflatten")
 def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    names = dict(zip(("dim", "sizes"), old.args[1:], strict=False)) | dict(old.kwargs)
-    source = r.sizes.old(old.args[0])
+    names = dict(zip(("dim", "sizes"), _args(old)[1:], strict=False)) | dict(_kwargs(old))
+    source = r.sizes.old(_args(old)[0])
     dim = names["dim"] % len(source.shape)
     want = r.sizes.shape(r.sizes.old(old))
     count = len(want) - len(source.shape) + 1
@@ -245,13 +265,13 @@ def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 @register("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk")
 def _split(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     parts = r.sizes.old(old)
-    names = dict(zip(("sizes", "dim"), old.args[1:], strict=False)) | dict(old.kwargs)
+    names = dict(zip(("sizes", "dim"), _args(old)[1:], strict=False)) | dict(_kwargs(old))
     dim = names.get("dim", 0) % len(parts[0].shape)
     before = [p.shape[dim] for p in parts]
     after = [r.sizes.shape(p)[dim] for p in parts]
     if before != after:
         new.op, new.target = "call_function", torch.split
-        new.args, new.kwargs = (r.env[old.args[0]], after, dim), {}
+        new.args, new.kwargs = (r.env[_args(old)[0]], after, dim), {}
 
 
 # -- indexing ---------------------------------------------------------------------------------
@@ -282,18 +302,20 @@ def _moved_slice(r: Rewriter, s: Any, traits: Traits, dim: int) -> Any:
 
 @register("getitem", "setitem")
 def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    source = r.sizes.old(old.args[0])
+    source = r.sizes.old(_args(old)[0])
     if not isinstance(source, Traits):
         return
-    index = old.args[1] if isinstance(old.args[1], tuple) else (old.args[1],)
+    index = _args(old)[1] if isinstance(_args(old)[1], tuple) else (_args(old)[1],)
     if any(isinstance(i, fx.Node) and isinstance(r.sizes.old(i), tuple) for i in index):
         return
     made, changed = _moved_index(r, index, source)
     if changed:
-        new.args = (r.env[old.args[0]], made, *new.args[2:])
+        new.args = (r.env[_args(old)[0]], made, *new.args[2:])
 
 
-def _moved_index(r: Rewriter, index: tuple[Any, ...], source: Traits) -> tuple[tuple[Any, ...], bool]:
+def _moved_index(
+    r: Rewriter, index: tuple[Any, ...], source: Traits
+) -> tuple[tuple[Any, ...], bool]:
     used = sum(1 for i in index if i is not None and i is not Ellipsis)
     dim, made, changed = 0, [], False
     for i in index:
@@ -323,9 +345,9 @@ def _copied(r: Rewriter, value: Any) -> Any:
 
 @register("narrow", "select")
 def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    source = r.sizes.old(old.args[0])
+    source = r.sizes.old(_args(old)[0])
     names = ("dim", "start", "length") if call_name(old) == "narrow" else ("dim", "index")
-    values = dict(zip(names, old.args[1:], strict=False)) | dict(old.kwargs)
+    values = dict(zip(names, _args(old)[1:], strict=False)) | dict(_kwargs(old))
     dim = values["dim"] % len(source.shape)
     if r.sizes.positions(source, dim).all():
         r.keep_numbers(old, new)
@@ -338,14 +360,14 @@ def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     index = (*[slice(None)] * dim, item)
     made, _ = _moved_index(r, index, source)
     new.op, new.target = "call_function", operator.getitem
-    new.args, new.kwargs = (r.env[old.args[0]], made), {}
+    new.args, new.kwargs = (r.env[_args(old)[0]], made), {}
 
 
 # -- functional layers ------------------------------------------------------------------------
 
 
 def _argument(old: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return old.kwargs.get(name, old.args[position] if len(old.args) > position else default)
+    return _kwargs(old).get(name, _args(old)[position] if len(_args(old)) > position else default)
 
 
 def _set(new: fx.Node, position: int, name: str, value: Any) -> None:
@@ -371,7 +393,7 @@ def _group_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 
 
 def _source(old: fx.Node) -> str:
-    first = old.args[0] if old.args else old.kwargs["input"]
+    first = _args(old)[0] if _args(old) else _kwargs(old)["input"]
     assert isinstance(first, fx.Node)
     return first.name
 
@@ -391,8 +413,6 @@ def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 def _attention(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """Without a scale the call takes it from the head dim: the original one is made explicit."""
     r.keep_numbers(old, new)
-    query = r.sizes.old(old.args[0] if old.args else old.kwargs["query"])
+    query = r.sizes.old(_args(old)[0] if _args(old) else _kwargs(old)["query"])
     if _argument(old, 6, "scale") is None and r.sizes.shape(query)[-1] != query.shape[-1]:
         new.kwargs = {**new.kwargs, "scale": query.shape[-1] ** -0.5}
-
-

@@ -93,7 +93,8 @@ class Sizes:
         inputs = node.all_input_nodes
         if not any(_shapes(self.new(n)) != _shapes(self.old(n)) for n in inputs):
             return old
-        args, kwargs = (fx.node.map_arg(a, self._stand_in) for a in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, self._stand_in)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self._stand_in)
         try:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -115,7 +116,8 @@ def _first(keep: BoolArray, rows: int) -> BoolArray:
     if rows == 1:
         return keep
     block = keep.reshape(rows, -1)
-    return (np.arange(block.shape[1]) < block.sum(1, keepdims=True)).ravel()
+    first: BoolArray = np.arange(block.shape[1]) < block.sum(1, keepdims=True)
+    return first.ravel()
 
 
 def kept_runs(kept: BoolArray | None, groups: int) -> int:
@@ -131,5 +133,3 @@ def _holds_tensors(value: Any) -> bool:
 
 def _shapes(value: Any) -> Any:
     return tree_map_only(Traits, lambda t: t.shape, value)
-
-

@@ -43,7 +43,18 @@ LEAVES: tuple[type[nn.Module], ...] = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._MaxPoolNd,
 )
-_CREATORS = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn", "tensor")
+_CREATORS = (
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "tensor",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Captured:
 
 class _Value(fx.Proxy):
     """A proxy that knows the concrete value of its node."""
+
+    _node_value_type: type | None = None
 
     @property
     def value(self) -> Any:
@@ -165,11 +178,11 @@ class ConcreteTracer(fx.Tracer):
         if module_qualified_name in self.opaque:
             return True
         parametrized = hasattr(m, "parametrizations")
-        return isinstance(m, LEAVES) and not parametrized and type(m).__module__.startswith("torch.")
+        return (
+            isinstance(m, LEAVES) and not parametrized and type(m).__module__.startswith("torch.")
+        )
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.running:
             return forward(*args, **kwargs)
         try:
@@ -205,8 +218,10 @@ class ConcreteTracer(fx.Tracer):
             made._node_value_type = Tensor
         return made
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **kw: Any) -> Any:
-        made = super().create_proxy(kind, target, args, kwargs, *rest, **kw)
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **kw: Any
+    ) -> Any:
+        made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **kw)
         node = made.node
         if "value" not in node.meta:
             node.meta["value"] = self._run(node)
@@ -249,7 +264,8 @@ class ConcreteTracer(fx.Tracer):
             return iter(value)
         if isinstance(value, Tensor):
             return iter(obj.unbind(0))
-        return iter([obj[i] for i in range(len(value))])
+        items: Any = obj
+        return iter([items[i] for i in range(len(value))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         return obj.node.meta["value"].keys()
@@ -292,9 +308,15 @@ class ConcreteTracer(fx.Tracer):
 
 
 def _has_proxy(tree: Any) -> bool:
-    found: list[bool] = []
-    fx.node.map_aggregate(tree, lambda a: found.append(type(a) in (_Value, _Attribute)) or a)
-    return any(found)
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        if type(leaf) in (_Value, _Attribute):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(tree, note)
+    return bool(found)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -321,7 +343,7 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer, attention made traceable."""
+    """A copy of the module tree that shares all tensors, with attention made traceable."""
     tensors = list(model.parameters()) + list(model.buffers())
     base: nn.Module = copy.deepcopy(model, {id(t): t for t in tensors})
     for path, module in list(base.named_modules()):
@@ -391,4 +413,6 @@ def _impure(node: fx.Node, base: nn.Module) -> bool:
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     writes = name.endswith("_") or name in ("setitem", *_IN_PLACE)
-    return node.op != "get_attr" and (writes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs)
+    return node.op != "get_attr" and (
+        writes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )

@@ -118,7 +118,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Kept channel indices of each group (ascending); groups not named keep all. Holds no tensors."""
+    """Kept channel indices of each group, ascending; groups not named keep all. No tensors."""
 
     kept: Mapping[str, tuple[int, ...]]
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +136,8 @@ class PrunePlan:
             return cls(kept, dict(body.get("meta", {})))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise PlanError(
-                f'expected a plan as JSON, {{"kept": {{group: [indices]}}}}; got something else ({e})'
+                'expected a plan as JSON, {"kept": {group: [indices]}}; '
+                f"got something else ({e})"
             ) from e
 
 

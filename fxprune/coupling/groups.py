@@ -123,7 +123,7 @@ class _Builder:
         governed = [(owner_of_unit, False), (self.s.row.copy(), True)]
         governed[1][0][self.s.is_row] = np.flatnonzero(self.s.is_row)
         governed[0][0][self.s.is_row] = -1
-        arrays = {}
+        arrays: dict[bool, tuple[IntArray, IntArray]] = {}
         for owner, by_row in governed:
             group = np.full(self.n, -1, dtype=np.int64)
             channel = np.full(self.n, -1, dtype=np.int64)
@@ -132,9 +132,8 @@ class _Builder:
                     group[d.owners.ravel()] = g
                     channel[d.owners.ravel()] = np.arange(d.owners.size)
             mine = owner >= 0
-            arrays[by_row] = tuple(
-                np.where(mine, a[np.where(mine, owner, 0)], -1) for a in (group, channel)
-            )
+            at = np.where(mine, owner, 0)
+            arrays[by_row] = np.where(mine, group[at], -1), np.where(mine, channel[at], -1)
         self.governing = arrays
         params = self._param_classes()
         consumers = self._consumers(params)
@@ -209,9 +208,18 @@ class _Builder:
                 classes = params.get((r.weight, r.in_dim), classes)
             consumers.append(
                 Consumer(
-                    r.key, r.node, r.kind, r.weight, r.bias, r.in_dim, 1 - r.in_dim, r.groups,
-                    r.transposed, classes.astype(np.int64), _norm_after(self.gm, nodes[r.node]),
-                )  # fmt: skip
+                    r.key,
+                    r.node,
+                    r.kind,
+                    r.weight,
+                    r.bias,
+                    r.in_dim,
+                    1 - r.in_dim,
+                    r.groups,
+                    r.transposed,
+                    classes.astype(np.int64),
+                    _norm_after(self.gm, nodes[r.node]),
+                )
             )
         return tuple(consumers)
 
@@ -231,7 +239,7 @@ class _Builder:
         for c in consumers:
             for g, index in self._positions(c.classes):
                 uses[g].append(Use(c.key, index))
-        classes = self._classes(drafts)
+        by_channel = self._classes(drafts)
         nodes = self._nodes(len(drafts))
         taken: dict[str, int] = defaultdict(int)
         groups = []
@@ -241,9 +249,15 @@ class _Builder:
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
             groups.append(
                 ChannelGroup(
-                    name, d.owners.size, d.owners.shape[0], tuple(members[g]), tuple(uses[g]),
-                    nodes[g], classes[g], d.locked,
-                )  # fmt: skip
+                    name,
+                    d.owners.size,
+                    d.owners.shape[0],
+                    tuple(members[g]),
+                    tuple(uses[g]),
+                    nodes[g],
+                    by_channel[g],
+                    d.locked,
+                )
             )
         return _with_overlaps(groups, self.governing)
 
@@ -304,7 +318,7 @@ def _norm_after(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _with_overlaps(
-    groups: list[ChannelGroup], governing: dict[bool, tuple[IntArray, ...]]
+    groups: list[ChannelGroup], governing: dict[bool, tuple[IntArray, IntArray]]
 ) -> tuple[ChannelGroup, ...]:
     pairs = np.stack([governing[False][0], governing[True][0]], 1)
     pairs = np.unique(pairs[(pairs >= 0).all(1)], axis=0)
@@ -332,7 +346,9 @@ def class_masks(coupling: Coupling, keep: list[BoolArray]) -> BoolArray:
     return mask
 
 
-def ragged(blocks: tuple[IntArray, ...], uniforms: tuple[IntArray, ...], mask: BoolArray) -> list[IntArray]:
+def ragged(
+    blocks: tuple[IntArray, ...], uniforms: tuple[IntArray, ...], mask: BoolArray
+) -> list[IntArray]:
     """The recorded blocks that a mask would leave without a rectangular shape."""
     bad = []
     for block in blocks:

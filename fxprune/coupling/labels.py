@@ -129,7 +129,9 @@ class Labels:
             self.facts.uniforms.append(_block(f, dim))
 
     def lock(self, f: IntArray, reason: str) -> None:
-        self.facts.locks.append((np.unique(f), f"{reason} at {self.where}" if self.where else reason))
+        self.facts.locks.append(
+            (np.unique(f), f"{reason} at {self.where}" if self.where else reason)
+        )
 
     def lock_all(self, tensors: Iterable[Tensor], reason: str) -> None:
         for t in tensors:
@@ -201,7 +203,7 @@ class Labels:
         return finest
 
     def product(self, a: IntArray, b: IntArray) -> IntArray:
-        """Two aligned fields on different dims as one: a fresh label for each pair, child of both."""
+        """Two fields on different dims as one: a fresh label for each pair, child of both."""
         shape = np.broadcast_shapes(a.shape, b.shape)
         made = self.new(int(np.prod(shape))).reshape(shape)
         self.parent(a, made)

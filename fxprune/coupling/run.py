@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
 from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
@@ -22,7 +22,7 @@ from fxprune.types import IntArray
 
 @dataclass(frozen=True)
 class Traits:
-    """What cutting needs to know of one tensor: its shape, dtype and fields at the example inputs."""
+    """What cutting needs to know of one tensor, at the example inputs."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,8 +40,10 @@ class Run:
 
 
 class _LabelMode(TorchDispatchMode):
-    def __init__(self, labels: Labels, names: dict[int, str], parameters: dict[str, Traits]) -> None:
-        super().__init__()
+    def __init__(
+        self, labels: Labels, names: dict[int, str], parameters: dict[str, Traits]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.labels, self.names, self.parameters = labels, names, parameters
         self.node, self.count = "", 0
 
@@ -58,14 +60,11 @@ class _LabelMode(TorchDispatchMode):
         key, name = f"{self.node}:{self.count}", self.names[storage_key(product.w)]
         self.count += 1
         weight = self.parameters.get(name)
-        if weight is None or len(weight.shape) < 2 or product.w.numel() != np.prod(weight.shape):
+        if weight is None or sorted(product.w.shape) != sorted(weight.shape):
             return
         in_dim = 0 if product.transposed else 1
-        if product.kind == "linear":
-            if product.w.dim() != len(weight.shape) or product.w.shape[0] != weight.shape[1]:
-                in_dim = 0
-            elif product.w.is_contiguous() and not product.w.t().is_contiguous():
-                in_dim = 0
+        if product.kind == "linear" and product.w.stride(0) != 1:  # not a transposed view
+            in_dim = 0
         bias = None if product.bias is None else self.names.get(storage_key(product.bias))
         channels = 1  # dim of the channels in x, for [N, C, *] and [M, C] alike
         found = [f.ravel() for f in self.labels.of(product.x) if varying(f) == {channels}]
@@ -85,7 +84,7 @@ class _Composites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.rms_norm:
+        if func not in (torch.rms_norm, torch.nn.functional.rms_norm):
             return func(*args, **kwargs)
         with _disable_current_modes():
             out = func(*args, **kwargs)
@@ -165,5 +164,3 @@ def label_run(captured: Captured) -> Run:
     finally:
         torch.set_rng_state(rng)
     return Run(labels.facts, values, parameters)
-
-

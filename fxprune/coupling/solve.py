@@ -257,9 +257,7 @@ class _Solver:
             fresh = np.arange(self.count, self.count + flat.shape[1], dtype=np.int64)
             self.count += flat.shape[1]
             first = self.cls_first()
-            self.parents.append(
-                (np.broadcast_to(fresh, flat.shape).ravel(), first[flat].ravel())
-            )
+            self.parents.append((np.broadcast_to(fresh, flat.shape).ravel(), first[flat].ravel()))
             return
         self.unite(np.broadcast_to(flat[:1], flat.shape).ravel(), flat.ravel())
 

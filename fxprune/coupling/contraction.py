@@ -1,0 +1,241 @@
+"""Rules for products: matrix products, attention, convolutions. They also feed the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.coupling.labels import Contraction, Fields, Labels, align, rows_by, varying
+from fxprune.coupling.mixing import meet_along
+from fxprune.coupling.rules import meet, register, unfixed
+from fxprune.types import IntArray
+
+
+def _dim_labels(fields: Fields, dim: int) -> IntArray | None:
+    """[P, Q] labels at each position along ``dim``; None where nothing varies."""
+    found = [f for f in fields if dim in varying(f)]
+    if not found:
+        return None
+    return rows_by(found[0], dim).T
+
+
+def _record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | None]]) -> None:
+    kept = []
+    for size, labelled in dims:
+        if labelled is None:
+            const *= size
+        else:
+            kept.append(labelled)
+    labels.facts.contractions.append(Contraction(const, tuple(kept)))
+
+
+def contract(
+    labels: Labels, x: Fields, y: Fields, shapes: Sequence[Sequence[int]], dim: int
+) -> Fields:
+    """Aligned fields of two operands through a product summed over ``dim`` (kept, size 1)."""
+    reason = "multiplied with a tensor whose channels are fixed"
+    fields = unfixed(labels, shapes, [x, y], reason)
+    along = [f for f in fields if dim in varying(f)]
+    for i, f in enumerate(along):
+        for g in along[:i]:
+            labels.relate(g, f)
+    left = [labels.rows(f, [dim]) for f in fields]
+    return labels.combine([f for f in left if f is not None])
+
+
+def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """[*, M, K] @ [*, K, N] with equal leading dims."""
+    at = x.dim() - 1
+    fx = [np.expand_dims(f, at + 1) for f in labels.of(x)]
+    fy = [np.expand_dims(f, at - 1) for f in labels.of(y)]
+    shapes = [[*x.shape, 1], [*y.shape[:-2], 1, *y.shape[-2:]]]
+    fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, shapes, at)]
+    sizes = [(s, _dim_labels(fields, d)) for d, s in enumerate(out.shape)]
+    inner = _dim_labels(labels.of(x), at)
+    _record(labels, 1, [*sizes, (x.shape[-1], inner)])
+    if bias is not None:
+        labels.put(out, fields)
+        fields = meet(labels, [out, bias], out.dim())
+        labels.fields.pop(out, None)
+    labels.put(out, fields)
+
+
+@register("aten.mm", "aten.bmm")
+def _mm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    _matmul(labels, args[0], args[1], out)
+
+
+@register("aten.addmm", "aten.baddbmm")
+def _addmm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    _matmul(labels, args[1], args[2], out, args[0])
+
+
+@register(
+    "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    q, k, v = args[0], args[1], args[2]
+    result = out[0]
+    n = q.dim()  # [*, L, D] x [*, S, D] -> [*, L, S]
+    fq = [np.expand_dims(f, n - 1) for f in labels.of(q)]
+    fk = [np.expand_dims(f, n - 2) for f in labels.of(k)]
+    shapes = [
+        [*q.shape[:-1], 1, q.shape[-1]],
+        [*k.shape[:-2], 1, *k.shape[-2:]],
+    ]
+    scores = [np.squeeze(f, n) for f in contract(labels, fq, fk, shapes, n)]
+    scores = [
+        f
+        for f in (labels.mix(f, [n - 1], "softmax over the channels") for f in scores)
+        if f is not None
+    ]
+    fs = [np.expand_dims(f, n) for f in scores]
+    fv = [np.expand_dims(f, n - 2) for f in labels.of(v)]
+    shapes = [[*q.shape[:-1], k.shape[-2], 1], [*v.shape[:-2], 1, *v.shape[-2:]]]
+    fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, shapes, n - 1)]
+    lead = [(s, _dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
+    _record(labels, k.shape[-2], [*lead, (q.shape[-1], _dim_labels(labels.of(q), n - 1))])
+    _record(labels, k.shape[-2], [*lead, (v.shape[-1], _dim_labels(labels.of(v), n - 1))])
+    mask = kwargs.get("attn_mask")
+    for f in labels.of(mask):
+        for g in scores:
+            labels.relate(align(f, g.ndim), g)
+        if not scores:
+            labels.lock(f, "masks attention whose channels are fixed")
+    labels.put(result, fields)
+
+
+@register("aten.convolution")
+def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    x, w, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+    for f in labels.of(w):
+        if varying(f) - {0, 1}:
+            labels.lock(f, "kernel position")
+    inputs, batch = _conv_input(labels, x)
+    w0, w1 = (_flat(labels, w, d) for d in (0, 1))
+    outputs = (_transposed if transposed else _forward)(labels, inputs, w0, w1, w, groups)
+    spatial = int(np.prod(x.shape[2:] if transposed else out.shape[2:]))
+    taps = int(np.prod(w.shape[2:]))
+    sides = [(w.shape[d], None if f is None else f[:, None]) for d, f in ((0, w0), (1, w1))]
+    _record(labels, spatial * taps * x.shape[0], sides)
+    fields = list(batch)
+    if outputs is not None:
+        fields.append(outputs.reshape([-1 if d == 1 else 1 for d in range(out.dim())]))
+    if bias is not None:
+        labels.put(out, fields)
+        meet_along(labels, out, [bias], 1, out)
+    else:
+        labels.put(out, fields)
+
+
+def _flat(labels: Labels, t: Tensor, dim: int) -> IntArray | None:
+    """[size] labels along one dim of a weight; labels that vary jointly are merged."""
+    for f in labels.of(t):
+        if dim in varying(f):
+            others = varying(f) - {dim}
+            return (labels.merge(f, others) if others else f).ravel()
+    return None
+
+
+def _conv_input(labels: Labels, x: Tensor) -> tuple[IntArray | None, Fields]:
+    """([C] channel labels or None, fields along the batch dim)."""
+    channel: IntArray | None = None
+    batch: Fields = []
+    for f in labels.of(x):
+        if 1 in varying(f):
+            others = varying(f) - {1}
+            channel = (labels.merge(f, others) if others else f).ravel()
+        else:
+            g = labels.mix(f, range(2, x.dim()), "convolution along the channels")
+            if g is not None:
+                batch.append(g)
+    return channel, batch
+
+
+def _meet_flat(labels: Labels, a: IntArray | None, b: IntArray | None, why: str) -> None:
+    """Two label vectors of one dim meet; one that meets nothing is locked."""
+    if a is not None and b is not None:
+        labels.union(a, b)
+    else:
+        for f in (a, b):
+            if f is not None:
+                labels.lock(f, why)
+
+
+_FIXED = "convolves channels that are fixed (model input or constant)"
+
+
+def _forward(
+    labels: Labels,
+    x: IntArray | None,
+    w0: IntArray | None,
+    w1: IntArray | None,
+    w: Tensor,
+    groups: int,
+) -> IntArray | None:
+    """w [O, C/groups, *]: output labels [O]."""
+    if groups == 1:
+        if w.shape[1] > 1:
+            _meet_flat(labels, x, w1, _FIXED)
+        return w0
+    rows = _group_rows(labels, x, groups)
+    if rows is None or x is None or (w1 is None and w.shape[1] > 1):
+        _meet_flat(labels, x, None, _FIXED)
+        _meet_flat(labels, None, w1, _FIXED)
+    elif w1 is not None:
+        labels.parent(w1, x.reshape(groups, -1))
+    if w0 is None:
+        if rows is not None:
+            labels.lock(rows, _FIXED)
+        return None
+    block = w0.reshape(groups, -1)
+    labels.rect(block, 1)
+    if rows is None:
+        labels.lock(block, "grouped convolution of fixed channels")
+    elif block.shape[1] == 1:
+        labels.union(rows, block)
+    else:
+        labels.parent(rows, block)
+    return w0
+
+
+def _group_rows(labels: Labels, x: IntArray | None, groups: int) -> IntArray | None:
+    """[groups, 1]: a label for each convolution group."""
+    if x is None:
+        return None
+    block = x.reshape(groups, -1)
+    return block if block.shape[1] == 1 else labels.rows(block, [1])
+
+
+def _transposed(
+    labels: Labels,
+    x: IntArray | None,
+    w0: IntArray | None,
+    w1: IntArray | None,
+    w: Tensor,
+    groups: int,
+) -> IntArray | None:
+    """w [C, O/groups, *]: output labels [O]."""
+    if w.shape[0] > 1:
+        _meet_flat(labels, x, w0, _FIXED)
+    if groups == 1:
+        return w1
+    rows = _group_rows(labels, x, groups)
+    made = labels.new(groups * w.shape[1]).reshape(groups, -1)
+    labels.rect(made, 1)
+    if rows is None:
+        labels.lock(made, _FIXED)
+        return made.ravel()
+    if w.shape[1] == 1:
+        labels.union(rows, made)
+    elif w1 is not None:
+        labels.parent(rows, made)
+        labels.parent(w1, made)
+    else:
+        labels.lock(made, _FIXED)
+    return made.ravel()

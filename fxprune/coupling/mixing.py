@@ -1,0 +1,137 @@
+"""Rules for ops that mix positions along dims: spatial ops, reductions, normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.coupling.labels import Fields, Labels, varying
+from fxprune.coupling.rules import Rule, dims_of, elementwise, meet, register
+
+
+def _spatial(count: int) -> Rule:
+    """An op that mixes positions along the last ``count`` dims and keeps the others."""
+
+    def rule(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+        x = args[0]
+        dims = range(x.dim() - count, x.dim())
+        name = str(func.overloadpacket)
+        fields = [labels.mix(f, dims, f"{name} along the channels") for f in labels.of(x)]
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            labels.put(t, [f for f in fields if f is not None])
+
+    return rule
+
+
+for _n in (1, 2, 3):
+    register(
+        f"aten.avg_pool{_n}d", f"aten.max_pool{_n}d", f"aten.max_pool{_n}d_with_indices",
+        f"aten.adaptive_avg_pool{_n}d", f"aten._adaptive_avg_pool{_n}d",
+        f"aten.adaptive_max_pool{_n}d", f"aten.upsample_nearest{_n}d",
+        f"aten.reflection_pad{_n}d", f"aten.replication_pad{_n}d",
+        f"aten._upsample_nearest_exact{_n}d",
+    )(_spatial(_n))  # fmt: skip
+register("aten.upsample_linear1d")(_spatial(1))
+register(
+    "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
+    "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d", "aten.mkldnn_max_pool2d",
+)(_spatial(2))  # fmt: skip
+register("aten.upsample_trilinear3d", "aten.grid_sampler_3d")(_spatial(3))
+
+
+@register(
+    "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.var",
+    "aten.std", "aten.var_mean", "aten.std_mean", "aten.linalg_vector_norm", "aten.norm",
+    "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp",
+    "aten.softmax", "aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumsum",
+    "aten.cumprod", "aten.sort", "aten.topk", "aten.median",
+)  # fmt: skip
+def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    """Positions along the reduced dims are mixed."""
+    x = args[0]
+    if len(args) > 1 and isinstance(args[1], Tensor):  # max(a, b)
+        elementwise(labels, func, args, kwargs, out)
+        return
+    at = {"linalg_vector_norm": 2, "norm": 2, "topk": 2}.get(func.overloadpacket.__name__, 1)
+    dims = dims_of(args[at] if len(args) > at else kwargs.get("dim", _default_dim(func)), x.dim())
+    outs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+    name = str(func.overloadpacket)
+    mixed = [labels.mix(f, dims, f"{name} over the channels") for f in labels.of(x)]
+    fields = [f for f in mixed if f is not None]
+    if outs[0].dim() < x.dim():
+        fields = [f.reshape([s for d, s in enumerate(f.shape) if d not in dims]) for f in fields]
+    for t in outs:
+        labels.put(t, fields)
+
+
+def _default_dim(func: Any) -> Any:
+    for a in func._schema.arguments:
+        if a.name == "dim":
+            return a.default_value if a.has_default_value() else None
+    return None
+
+
+# -- normalisation ----------------------------------------------------------------------------
+
+
+def _shaped(labels: Labels, t: Tensor | None, shape: Sequence[int]) -> list[tuple[Tensor, Fields]]:
+    return [] if t is None else [(t, [f.reshape(shape) for f in labels.of(t)])]
+
+
+def meet_along(
+    labels: Labels, x: Tensor, params: Sequence[Tensor | None], dim: int, out: Any
+) -> None:
+    """x meets 1-d parameters along ``dim``."""
+    size = x.shape[dim]
+    own = labels.of(x)
+    found = list(own)
+    covered: frozenset[int] = frozenset().union(*(varying(f) for f in own))
+    for p in params:
+        for f in labels.of(p):
+            g = f.reshape([size if d == dim else 1 for d in range(x.dim())])
+            if dim not in covered:
+                labels.lock(g, "normalises channels that are fixed")
+            found.append(g)
+        if p is not None and not labels.of(p):
+            for f in own:
+                labels.mix(f, [dim], "normalised with constants")
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    labels.put(result, labels.combine(found))
+
+
+@register(
+    "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten.cudnn_batch_norm",
+    "aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update",
+    "aten.miopen_batch_norm", "aten._batch_norm_with_update", "aten.batch_norm",
+)  # fmt: skip
+def _batch_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    tensors = [a for a in args[1:5] if isinstance(a, Tensor)]
+    meet_along(labels, args[0], tensors, 1, out)
+
+
+@register("aten.native_layer_norm", "aten.layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
+def _layer_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    x, shape = args[0], args[1]
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    params = [a for a in args[2:4] if isinstance(a, Tensor)]
+    dims = range(x.dim() - len(shape), x.dim())
+    if labels.opaque:
+        for f in labels.of(x):
+            labels.mix(f, dims, "normalised inside an opaque module")
+    labels.put(result, meet(labels, [x, *params], x.dim()))
+
+
+@register("aten.native_group_norm", "aten.group_norm")
+def _group_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    x, weight, bias = args[0], args[1], args[2]
+    groups = args[6] if "native" in str(func.overloadpacket) else args[1]
+    meet_along(labels, x, [weight, bias], 1, out)
+    for f in labels.of(x):
+        if 1 not in varying(f):
+            continue
+        flat = f if varying(f) == {1} else labels.merge(f, varying(f) - {1})
+        block = flat.reshape(groups, -1)
+        if groups > 1 and block.shape[1] > 1:
+            labels.rows(block, [1])
