@@ -232,6 +232,19 @@ def test_reconstruction_is_direct_least_squares(plain: Traced) -> None:
     assert np.allclose(scores, brute_force([(g, w)], 6), rtol=1e-4)
 
 
+def test_tiny_activations_rank_like_large_ones() -> None:
+    """In float64 the scale of the input must not matter, down to 1e-60 of its energy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    model = model.double().eval()
+    traced = trace(model, torch.zeros(1, 5, dtype=torch.float64))
+    (one,) = run("reconstruction", traced, data(60, 5).double()).values()
+    (tiny,) = run("reconstruction", traced, data(60, 5).double() * 1e-60).values()
+    assert np.allclose(one, tiny, rtol=1e-6)
+    (dead,) = run("reconstruction", traced, torch.zeros(60, 5, dtype=torch.float64)).values()
+    assert np.isfinite(dead).all()
+
+
 def test_attention_needs_its_statistics(plain: Traced) -> None:
     criterion = criteria.get("attention")
     with pytest.raises(DataError, match="calibration"):

@@ -98,7 +98,10 @@ register("reconstruction")(functools.partial(AttentionCriterion, gamma=0.0))
 
 
 class _Inverses:
-    """(G + ridge)^-1 of each input, made once for all groups: [V, V], or [V] where diagonal."""
+    """(G / s + ridge)^-1 of each input, made once for all groups: [V, V], or [V] where diagonal.
+
+    s is the mean variance: very small or large activations stay within the range of floats.
+    """
 
     def __init__(self, statistics: Statistics, mapped: bool) -> None:
         self.statistics, self.mapped = statistics, mapped
@@ -108,22 +111,21 @@ class _Inverses:
         seen = self.statistics.inputs[key]
         return seen.attention if self.mapped else seen.plain
 
+    def scale(self, key: str) -> float:
+        """The mean variance s; 0 where nothing varies."""
+        cov = self.moments(key).cov
+        variances = cov if cov.ndim == 1 else np.diagonal(cov, axis1=1, axis2=2)
+        return max(float(variances.mean()), 0.0)
+
     def of(self, key: str) -> FloatArray:
         if key not in self.made:
-            cov = self.moments(key).cov
+            cov = self.moments(key).cov / (self.scale(key) or 1.0)
             if cov.ndim == 1:
-                self.made[key] = 1.0 / (cov + ridge(cov))
+                self.made[key] = 1.0 / (cov + RIDGE)
             else:
                 eye = np.eye(cov.shape[1])
-                parts = [inverse_of(c + ridge(cov) * eye) for c in cov]
-                self.made[key] = _block_diagonal(parts)
+                self.made[key] = _block_diagonal([inverse_of(c + RIDGE * eye) for c in cov])
         return self.made[key]
-
-
-def ridge(cov: FloatArray) -> float:
-    """RIDGE of the mean variance of [g, v, v] or [V] second moments."""
-    variances = cov if cov.ndim == 1 else np.diagonal(cov, axis1=1, axis2=2)
-    return max(RIDGE * float(variances.mean()), 1e-30)
 
 
 def _block_diagonal(parts: list[FloatArray]) -> FloatArray:
@@ -158,22 +160,22 @@ def _reconstructed(
     losses: list[Loss] = []
     for key, (units, consumers) in _by_input(group, traced, statistics).items():
         at, k = units.ravel(), units.shape[1]
-        inverse = inverses.of(key)
+        inverse, scale = inverses.of(key), inverses.scale(key)
         if inverse.ndim == 1:
-            column = sum(_column_energies(statistics, c, at) for c in consumers)
+            column = sum(_column_energies(statistics, c, at, scale) for c in consumers)
             losses.append(Independent((column / inverse[at]).reshape(group.n, k).sum(1)))
         else:
-            factor = _factor(statistics, consumers, at)
+            factor = _factor(statistics, consumers, at, scale)
             losses.append(Coupled(inverse[np.ix_(at, at)], factor, k))
     if not losses:
         return _made(group, traced, statistics)
     return eliminate(losses, group.n, group.rows)
 
 
-def _share(statistics: Statistics, consumer: Consumer) -> float:
-    """1 / output energy."""
+def _share(statistics: Statistics, consumer: Consumer, scale: float) -> float:
+    """The input's mean variance over the output's energy; 0 where the output does not vary."""
     energy = statistics.consumers[consumer.key].energy
-    return 1 / energy if energy > 0 else 0.0
+    return scale / energy if energy > 0 else 0.0
 
 
 def _parts(statistics: Statistics, consumer: Consumer) -> Iterator[torch.Tensor]:
@@ -185,26 +187,30 @@ def _parts(statistics: Statistics, consumer: Consumer) -> Iterator[torch.Tensor]
         yield part.double() * root
 
 
-def _column_energies(statistics: Statistics, consumer: Consumer, at: IntArray) -> FloatArray:
+def _column_energies(
+    statistics: Statistics, consumer: Consumer, at: IntArray, scale: float
+) -> FloatArray:
     """Relative |W_c|^2 of the variables ``at``."""
     parts = _parts(statistics, consumer)
     total = sum(part.square().sum((1, 3)).flatten() for part in parts)
     assert isinstance(total, torch.Tensor)
-    column: FloatArray = total.cpu().numpy()[at] * _share(statistics, consumer)
+    column: FloatArray = total.cpu().numpy()[at] * _share(statistics, consumer, scale)
     return column
 
 
-def _factor(statistics: Statistics, consumers: list[Consumer], at: IntArray) -> FloatArray:
+def _factor(
+    statistics: Statistics, consumers: list[Consumer], at: IntArray, scale: float
+) -> FloatArray:
     """[r, m] whose square is the sum of the consumers' relative W^T W over the variables ``at``."""
     if len(consumers) == 1 and consumers[0].groups == 1:
         blocks = statistics.blocks(consumers[0])
         if blocks.shape[1] * blocks.shape[3] <= len(at):
             parts = [p[0, :, torch.from_numpy(at)] for p in _parts(statistics, consumers[0])]
             w = torch.cat(parts).transpose(1, 2).reshape(-1, len(at)).cpu().numpy()
-            return factor_of(w * np.sqrt(_share(statistics, consumers[0])))
+            return factor_of(w * np.sqrt(_share(statistics, consumers[0], scale)))
     square = np.zeros((len(at), len(at)))
     for consumer in consumers:
-        square += _square(statistics, consumer, at) * _share(statistics, consumer)
+        square += _square(statistics, consumer, at) * _share(statistics, consumer, scale)
     return factor_of_square(square)
 
 
