@@ -151,7 +151,7 @@ def random_program(s: Source, most: int = 10) -> Program:
             continue
         with torch.no_grad():
             result = module.values([torch.zeros(i) for i in inputs])[-1]
-        if 2 <= result.shape[-1 if result.dim() < 4 else 1] and result.numel() <= MAX_NUMBERS:
+        if result.shape[-1 if result.dim() < 4 else 1] >= 2 and result.numel() <= MAX_NUMBERS:
             steps.append(step)
             values.append(result)
     last = len(values) - 1

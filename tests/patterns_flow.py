@@ -1,4 +1,4 @@
-"""More patterns: norms, movement of channels, inputs and outputs, control flow. See ``patterns``."""
+"""More patterns: norms, moved channels, inputs and outputs, control flow. See ``patterns``."""
 
 from __future__ import annotations
 
