@@ -26,6 +26,7 @@ from scipy.linalg import lapack
 from fxprune.types import FloatArray, IntArray
 
 STEPS = 32  # a round takes one of this many parts of what is left
+LEAST = 1e-9  # bound of the diagonal of P against rounding; G is of about unit scale
 LOOKAHEAD = 2  # candidates per channel that a round takes
 
 
@@ -72,7 +73,7 @@ class Coupled:
         k, m = self.k, self.size
         factor = self.factor[:, :m]
         if k == 1:
-            diagonal = np.maximum(np.diagonal(self.inverse)[:m], np.finfo(np.float64).tiny)
+            diagonal = np.maximum(np.diagonal(self.inverse)[:m], LEAST)
             costs: FloatArray = np.einsum("rm,rm->m", factor, factor) / diagonal
             return costs
         n = m // k
@@ -155,10 +156,12 @@ def factor_of_square(h: FloatArray) -> FloatArray:
 
 
 def inverse_of(g: FloatArray) -> FloatArray:
-    """The inverse of a positive definite matrix [m, m], by Cholesky."""
+    """The inverse of a matrix [m, m], by Cholesky; made positive definite where it is not quite."""
     upper, info = lapack.dpotrf(g, lower=0, clean=1)
     if info != 0:
-        return np.asarray(np.linalg.pinv(g, hermitian=True), dtype=np.float64)
+        values, vectors = np.linalg.eigh(g)
+        values = np.maximum(values, 1e-3 * max(float(np.abs(values).mean()), 1e-30))
+        return np.asarray((vectors / values) @ vectors.T, dtype=np.float64)
     inverse, info = lapack.dpotri(upper, lower=0)
     full: FloatArray = np.triu(inverse) + np.triu(inverse, 1).T
     return full
