@@ -90,7 +90,7 @@ class CostModel:
 
     def _terms(self, classes: IntArray) -> dict[Pair, float]:
         """(row group, column group) -> coefficient, for one dim [P, Q] of classes (-1: fixed)."""
-        c, k = self._coupling, len(self._groups)
+        c, k = self._coupling.governing, len(self._groups)
         known = classes >= 0
         at = np.where(known, classes, 0)
         row_id = np.where(known, c.row_group[at] * (1 << 32) + c.row_channel[at], -1)

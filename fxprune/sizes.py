@@ -9,7 +9,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from fxprune.coupling.groups import class_masks
 from fxprune.coupling.run import Traits
 from fxprune.errors import InternalError
 from fxprune.traced import Traced
@@ -25,9 +24,8 @@ class Sizes:
 
     def __init__(self, traced: Traced, keep: list[BoolArray]) -> None:
         self.coupling = traced.coupling
-        self.mask = class_masks(self.coupling, keep)
-        self.outline = class_masks(
-            self.coupling,
+        self.mask = self.coupling.governing.mask(keep)
+        self.outline = self.coupling.governing.mask(
             [_first(k, g.rows) for k, g in zip(keep, traced.groups, strict=True)],
         )
         self.touched = ~(self.mask & self.outline)
@@ -57,7 +55,8 @@ class Sizes:
         kept = np.ones(traits.shape[dim], dtype=np.bool_)
         for f in traits.fields:
             if f.shape[dim] > 1:
-                mask = self.outline[self.coupling.cls[f]]
+                alone = f.size == f.shape[dim]
+                mask = (self.mask if alone else self.outline)[self.coupling.cls[f]]
                 kept &= mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
         return kept
 

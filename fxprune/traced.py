@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx, nn
 
 from fxprune.cost import CostModel
-from fxprune.coupling.groups import Coupling, class_masks, couple
+from fxprune.coupling.groups import Coupling, couple
 from fxprune.errors import PlanError, SpecError, unknown
 from fxprune.trace import Captured, capture
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
@@ -120,7 +120,7 @@ class Traced:
 
     def masks(self, plan: PrunePlan) -> BoolArray:
         """[n_classes + 1] whether each class is kept; the last entry (index -1) is True."""
-        return class_masks(self.coupling, self.keep(plan))
+        return self.coupling.governing.mask(self.keep(plan))
 
     def cost(self, plan: PrunePlan | None = None) -> Cost:
         """Of ``plan``, or of the unpruned model."""

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fxprune.coupling.labels import Contraction, Fields, Labels, align, rows_by, varying
+from fxprune.coupling.labels import (
+    COLUMN,
+    ROW,
+    Contraction,
+    Fields,
+    Labels,
+    align,
+    rows_by,
+    varying,
+)
 from fxprune.coupling.mixing import meet_along
 from fxprune.coupling.rules import meet, register, unfixed
 from fxprune.types import IntArray
@@ -188,7 +197,7 @@ def _forward(
         _meet_flat(labels, x, None, _FIXED)
         _meet_flat(labels, None, w1, _FIXED)
     elif w1 is not None:
-        labels.parent(w1, x.reshape(groups, -1))
+        labels.parent(w1, x.reshape(groups, -1), COLUMN)
     if w0 is None:
         if rows is not None:
             labels.lock(rows, _FIXED)
@@ -200,7 +209,7 @@ def _forward(
     elif block.shape[1] == 1:
         labels.union(rows, block)
     else:
-        labels.parent(rows, block)
+        labels.parent(rows, block, ROW)
     return w0
 
 
@@ -230,12 +239,13 @@ def _transposed(
     labels.rect(made, 1)
     if rows is None:
         labels.lock(made, _FIXED)
+        _meet_flat(labels, None, w1, _FIXED)
         return made.ravel()
     if w.shape[1] == 1:
         labels.union(rows, made)
     elif w1 is not None:
-        labels.parent(rows, made)
-        labels.parent(w1, made)
+        labels.parent(rows, made, ROW)
+        labels.parent(w1, made, COLUMN)
     else:
         labels.lock(made, _FIXED)
     return made.ravel()

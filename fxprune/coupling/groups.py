@@ -12,8 +12,9 @@ from torch import fx, nn
 from fxprune.coupling.labels import Contraction
 from fxprune.coupling.run import Run, Traits, label_run
 from fxprune.coupling.solve import Solution, signatures, solve
+from fxprune.coupling.verify import Claims, Governing, checked
 from fxprune.trace import Captured
-from fxprune.types import BoolArray, ChannelGroup, Consumer, IntArray, Member, Use
+from fxprune.types import ChannelGroup, Consumer, IntArray, Member, Use
 
 KERNEL = "kernel position"
 
@@ -24,9 +25,7 @@ class Coupling:
 
     groups         all groups of channels, locked ones too
     cls            [labels] class of each label
-    unit_group     [classes] index of the group whose channel the class belongs to, or -1
-    unit_channel   [classes] that channel
-    row_group, row_channel   the same for whole rows
+    governing      which group and channel each class belongs to
     param_classes  (parameter, dim) -> [size] class of each position, -1 where nothing may go
     contractions   products, dims as arrays [P, Q] of classes
     values         graph node -> value, every tensor replaced by Traits (fields of *labels*)
@@ -35,20 +34,15 @@ class Coupling:
     groups: tuple[ChannelGroup, ...]
     consumers: tuple[Consumer, ...]
     cls: IntArray
-    unit_group: IntArray
-    unit_channel: IntArray
-    row_group: IntArray
-    row_channel: IntArray
+    governing: Governing
     param_classes: dict[tuple[str, int], IntArray]
     contractions: tuple[Contraction, ...]
     values: dict[str, Any]
     parameters: dict[str, Traits]
-    rects: tuple[IntArray, ...]
-    uniforms: tuple[IntArray, ...]
 
     @property
     def n_classes(self) -> int:
-        return len(self.unit_group)
+        return len(self.governing.unit_group)
 
 
 @dataclass(frozen=True)
@@ -142,11 +136,12 @@ class _Builder:
         contractions = tuple(
             Contraction(c.const, tuple(cls[d] for d in c.dims)) for c in self.run.facts.contractions
         )
-        coupling = Coupling(
-            groups, consumers, cls, *arrays[False], *arrays[True], params, contractions,
-            self.run.values, self.run.parameters, tuple(self.s.rects), tuple(self.s.uniforms),
+        governing = Governing(*arrays[False], *arrays[True])
+        groups = checked(groups, governing, Claims.of(self.run.facts, cls))
+        return Coupling(
+            groups, consumers, cls, governing, params, contractions, self.run.values,
+            self.run.parameters,
         )  # fmt: skip
-        return _checked(coupling)
 
     def _balanced(self) -> list[_Draft]:
         drafts = []
@@ -327,75 +322,3 @@ def _with_overlaps(
         names[int(a)].add(groups[b].name)
         names[int(b)].add(groups[a].name)
     return tuple(replace(g, overlaps=tuple(sorted(names[i]))) for i, g in enumerate(groups))
-
-
-# -- masks ------------------------------------------------------------------------------------
-
-
-def class_masks(coupling: Coupling, keep: list[BoolArray]) -> BoolArray:
-    """[classes + 1] from the kept channels of each group; the last entry is always kept."""
-    mask = np.ones(coupling.n_classes + 1, dtype=np.bool_)
-    for group, channel in (
-        (coupling.unit_group, coupling.unit_channel),
-        (coupling.row_group, coupling.row_channel),
-    ):
-        for g, kept in enumerate(keep):
-            if not kept.all():
-                mine = np.flatnonzero(group == g)
-                mask[mine] &= kept[channel[mine]]
-    return mask
-
-
-def ragged(
-    blocks: tuple[IntArray, ...], uniforms: tuple[IntArray, ...], mask: BoolArray
-) -> list[IntArray]:
-    """The recorded blocks that a mask would leave without a rectangular shape."""
-    bad = []
-    for block in blocks:
-        counts = mask[block].sum(-1)
-        rows = counts > 0
-        box = np.array(True)
-        for d in range(rows.ndim):
-            others = tuple(i for i in range(rows.ndim) if i != d)
-            box = box[..., None] & rows.any(axis=others)
-        if (counts[rows] != counts.max()).any() or not np.array_equal(box, rows):
-            bad.append(block)
-    for block in uniforms:
-        kept = mask[block].reshape(-1, block.shape[-1])
-        kept = kept[kept.any(1)]
-        if len(kept) and (kept != kept[0]).any():
-            bad.append(block)
-    return bad
-
-
-def _checked(coupling: Coupling) -> Coupling:
-    """Lock what a random plan would leave ragged: the last defence, normally without effect."""
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        groups = coupling.groups
-        worst: set[int] = set()
-        for _ in range(2):
-            keep = [_random_keep(g, rng) for g in groups]
-            for block in ragged(coupling.rects, coupling.uniforms, class_masks(coupling, keep)):
-                classes = np.unique(block)
-                touching = np.unique(
-                    np.concatenate([coupling.unit_group[classes], coupling.row_group[classes]])
-                )
-                worst |= {int(g) for g in touching if g >= 0 and groups[g].locked is None}
-        if not worst:
-            return coupling
-        why = "its channels cannot go one by one and leave every tensor rectangular"
-        coupling = replace(
-            coupling,
-            groups=tuple(replace(g, locked=why) if i in worst else g for i, g in enumerate(groups)),
-        )
-    return coupling
-
-
-def _random_keep(group: ChannelGroup, rng: np.random.Generator) -> BoolArray:
-    keep = np.ones(group.n, dtype=np.bool_)
-    if group.locked is None and group.width > 1:
-        count = int(rng.integers(1, group.width))
-        order = rng.random((group.rows, group.width)).argsort(1)
-        keep = (order < count).ravel()
-    return keep

@@ -8,7 +8,9 @@ What the ops say about labels is collected here and solved once, in ``groups``:
 
 union     two labels are one channel
 parent    (p, c): when p goes, c goes; when all children of p go, p goes. p is a whole row (an
-          attention head, a convolution group) or a whole column of a block of children
+          attention head, a convolution group) or a whole column of a block of children; where the
+          op does not know which, the blocks tell
+meet      an array [O, P]: a coarse field along P met a fine one; positions along P stay aligned
 rect      an array [*R, D]: every row that stays keeps the same number of labels
 uniform   an array [*R, D]: positions along D are addressed by number, so rows may not choose freely
 lock      the label stays, for a reason
@@ -27,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.types import IntArray
 
 Fields = list[IntArray]
+EITHER, ROW, COLUMN = 0, 1, 2
 
 
 def varying(f: IntArray) -> frozenset[int]:
@@ -83,6 +86,8 @@ class Facts:
     count: int = 0
     unions: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     parents: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)  # of the parents: ROW, COLUMN or EITHER
+    meets: list[IntArray] = field(default_factory=list)
     rects: list[IntArray] = field(default_factory=list)
     uniforms: list[IntArray] = field(default_factory=list)
     locks: list[tuple[IntArray, str]] = field(default_factory=list)
@@ -114,9 +119,17 @@ class Labels:
         x, y = np.broadcast_arrays(a, b)
         self.facts.unions.append((x.ravel(), y.ravel()))
 
-    def parent(self, p: IntArray, c: IntArray) -> None:
+    def parent(self, p: IntArray, c: IntArray, kind: int = EITHER) -> None:
         """p broadcasts to c; each label of p owns those of c at its positions."""
         self.facts.parents.append((np.broadcast_to(p, c.shape).ravel(), c.ravel()))
+        self.facts.kinds.append(kind)
+
+    def meet(self, coarse: IntArray, fine: IntArray) -> None:
+        """A coarse field meets a fine one: its labels are parents, positions stay aligned."""
+        self.parent(coarse, fine)
+        along = sorted(varying(coarse))
+        moved = np.moveaxis(fine, along, range(-len(along), 0))
+        self.facts.meets.append(moved.reshape(-1, coarse.size))
 
     def rect(self, f: IntArray, dim: int) -> None:
         """Every row of ``f`` along ``dim`` keeps equally many labels."""
@@ -185,9 +198,9 @@ class Labels:
         if va == vb:
             self.union(a, b)
         elif va < vb:
-            self.parent(a, b)
+            self.meet(a, b)
         elif vb < va:
-            self.parent(b, a)
+            self.meet(b, a)
         else:
             self.union(self.merge(a, va - vb), self.merge(b, vb - va))
 
@@ -220,7 +233,7 @@ class Labels:
         head = f[tuple(slice(0, 1) if d in gone else slice(None) for d in range(f.ndim))]
         keys, inverse = np.unique(head, return_inverse=True)
         fresh = self.new(len(keys))[inverse.reshape(head.shape)]
-        self.parent(fresh, f)
+        self.parent(fresh, f, ROW)
         for d in gone:
             self.rect(f, d)
         return fresh

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from fxprune.coupling.labels import Facts
+from fxprune.coupling.labels import COLUMN, ROW, Facts
 from fxprune.errors import InternalError
 from fxprune.types import BoolArray, IntArray
 
@@ -55,9 +55,10 @@ class _Solver:
         self.slots = slots
         self.unions = list(facts.unions)
         self.parents = list(facts.parents)
+        self.kinds = list(facts.kinds)
         self.pinned_labels: list[IntArray] = []
-        self.rect_labels = _distinct(facts.rects)
-        self.uniform_labels = _distinct(facts.uniforms)
+        self.rect_labels = distinct(facts.rects)
+        self.uniform_labels = distinct(facts.uniforms)
 
     # -- one round ----------------------------------------------------------------------------
 
@@ -99,9 +100,12 @@ class _Solver:
             p = np.concatenate([pair[0] for pair in self.parents])
             c = np.concatenate([pair[1] for pair in self.parents])
             pairs = np.unique(np.stack([self.cls[p], self.cls[c]], 1), axis=0)
+            kinds = np.repeat(self.kinds, [len(pair[0]) for pair in self.parents])
+            self.known = {k: np.unique(self.cls[p[kinds == k]]) for k in (ROW, COLUMN)}
             self.pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         else:
             self.pairs = np.zeros((0, 2), dtype=np.int64)
+            self.known = {k: np.zeros(0, dtype=np.int64) for k in (ROW, COLUMN)}
         self.pinned = np.zeros(self.n, dtype=np.bool_)
         if self.pinned_labels:
             self.pinned[self.cls[np.concatenate(self.pinned_labels)]] = True
@@ -137,8 +141,7 @@ class _Solver:
         equal = (s == size[x]) & (s == size[y])
         self.unite(x[equal], y[equal])
         odd = ~equal & ((s > 1) | (s == np.minimum(size[x], size[y])))
-        row = np.zeros(self.n, dtype=np.bool_)
-        row[self._row_parents(p, c)] = True
+        row = self._row_parents(p, c)
         columns = odd & ~row[x] & ~row[y]
         self.unite(x[columns], y[columns])
         crossing = np.concatenate([x[odd & row[x]], y[odd & row[y]]])
@@ -155,15 +158,43 @@ class _Solver:
         self.is_row = np.zeros(self.n, dtype=np.bool_)
         if not len(p):
             return
-        self.is_row[self._row_parents(p, c)] = True
+        self.is_row = self._row_parents(p, c)
+        self._one_row_each(p, c)
         for want_row, target in ((True, self.row), (False, self.unit)):
             mine = self.is_row[p] == want_row
             target[c[mine]] = p[mine]
             twice = target[c[mine]] != p[mine]
             self.unite(p[mine][twice], target[c[mine]][twice])
 
-    def _row_parents(self, p: IntArray, c: IntArray) -> IntArray:
-        """Parents with two or more children side by side in one row of a rect."""
+    def _one_row_each(self, p: IntArray, c: IntArray) -> None:
+        """Of two row parents of one class, one that no op calls a row is a column; or pin both."""
+        rows = self.is_row[p]
+        count = np.bincount(c[rows], minlength=self.n)
+        crossing = np.unique(p[rows & (count[c] > 1)])
+        if not len(crossing):
+            return
+        free = crossing[~np.isin(crossing, self.known[ROW])]
+        if not len(free):
+            self.pinned_labels.append(self.cls_first()[crossing])
+            return
+        size = np.bincount(p, minlength=self.n)
+        for q in free[np.argsort(size[free], kind="stable")]:
+            mates = np.isin(c, c[p == q]) & self.is_row[p] & (p != q)
+            if mates.any():
+                self.is_row[q] = False
+
+    def _row_parents(self, p: IntArray, c: IntArray) -> BoolArray:
+        """[classes] which parents are rows: as the ops say, else by the blocks.
+
+        By the blocks: two or more of its children lie side by side in one row of a rect.
+        """
+        row = np.zeros(self.n, dtype=np.bool_)
+        row[self._side_by_side(p, c)] = True
+        row[self.known[COLUMN]] = False
+        row[self.known[ROW]] = True
+        return row
+
+    def _side_by_side(self, p: IntArray, c: IntArray) -> IntArray:
         rows: list[IntArray] = []
         cols: list[IntArray] = []
         at = 0
@@ -299,7 +330,7 @@ class _Solver:
             self.unite(np.broadcast_to(block[:1], block.shape).ravel(), block.ravel())
 
 
-def _distinct(arrays: list[IntArray]) -> list[IntArray]:
+def distinct(arrays: list[IntArray]) -> list[IntArray]:
     """Without exact repetitions, in order."""
     seen: dict[tuple[tuple[int, ...], bytes], IntArray] = {}
     for a in arrays:

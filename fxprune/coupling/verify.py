@@ -1,0 +1,131 @@
+"""The last defence: what the ops said about channels, held against random plans.
+
+The solve is meant to satisfy every claim by construction. Whatever it would not is locked here,
+with a reason, instead of becoming a wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fxprune.coupling.labels import Facts
+from fxprune.coupling.solve import distinct
+from fxprune.types import BoolArray, ChannelGroup, IntArray
+
+REASON = "its channels cannot go one by one and leave every tensor rectangular"
+_PLANS, _ROUNDS = 3, 8
+
+
+@dataclass(frozen=True)
+class Governing:
+    """For each class: the group and channel of its unit, and of its row; -1 for none."""
+
+    unit_group: IntArray
+    unit_channel: IntArray
+    row_group: IntArray
+    row_channel: IntArray
+
+    def mask(self, keep: Sequence[BoolArray]) -> BoolArray:
+        """[classes + 1] from the kept channels of each group; the last entry is always kept."""
+        mask = np.ones(len(self.unit_group) + 1, dtype=np.bool_)
+        for group, channel in (
+            (self.unit_group, self.unit_channel),
+            (self.row_group, self.row_channel),
+        ):
+            for g, kept in enumerate(keep):
+                if not kept.all():
+                    mine = np.flatnonzero(group == g)
+                    mask[mine] &= kept[channel[mine]]
+        return mask
+
+    def groups_of(self, classes: IntArray) -> set[int]:
+        """The groups that govern any of these classes."""
+        found = np.concatenate([self.unit_group[classes], self.row_group[classes]])
+        return set(np.unique(found).tolist()) - {-1}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """rects, uniforms and meets of ``labels``, and parent pairs [K, 2], in terms of classes."""
+
+    rects: tuple[IntArray, ...]
+    uniforms: tuple[IntArray, ...]
+    meets: tuple[IntArray, ...]
+    pairs: IntArray
+
+    @classmethod
+    def of(cls, facts: Facts, classes: IntArray) -> Claims:
+        """``classes`` [labels]."""
+        pairs = [np.stack([classes[p], classes[c]], 1) for p, c in facts.parents]
+        joined = np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64)
+        arrays = [
+            tuple(distinct([classes[a] for a in which]))
+            for which in (facts.rects, facts.uniforms, facts.meets)
+        ]
+        return cls(arrays[0], arrays[1], arrays[2], np.unique(joined, axis=0))
+
+    def violated(self, mask: BoolArray) -> list[IntArray]:
+        """The classes of every claim that does not hold under ``mask``."""
+        bad = [block for block in self.rects if not _rectangular(mask[block])]
+        bad += [block for block in self.uniforms if not _same_rows(mask[block])]
+        bad += [block for block in self.meets if not _aligned(mask[block])]
+        p, c = self.pairs.T
+        some = np.zeros(len(mask), dtype=np.bool_)
+        np.logical_or.at(some, p, mask[c])
+        wrong = (mask[c] & ~mask[p]) | (mask[p] & ~some[p])
+        return [*bad, *self.pairs[wrong]]
+
+
+def _rectangular(kept: BoolArray) -> bool:
+    """[*R, D]: rows that stay keep equally many, and are a box."""
+    counts = kept.sum(-1)
+    rows = counts > 0
+    box = np.array(True)
+    for d in range(rows.ndim):
+        box = box[..., None] & rows.any(axis=tuple(i for i in range(rows.ndim) if i != d))
+    return not (counts[rows] != counts.max()).any() and np.array_equal(box, rows)
+
+
+def _same_rows(kept: BoolArray) -> bool:
+    """[*R, D]: rows that stay keep the same columns."""
+    rows = kept.reshape(-1, kept.shape[-1])
+    rows = rows[rows.any(1)]
+    return len(rows) == 0 or not (rows != rows[0]).any()
+
+
+def _aligned(kept: BoolArray) -> bool:
+    """[O, P]: position i along P means the same for all of O: as columns, or as whole rows."""
+    counts = kept.sum(0)
+    return _same_rows(kept) or not (counts[counts > 0] != counts.max()).any()
+
+
+def checked(
+    groups: Sequence[ChannelGroup], governing: Governing, claims: Claims
+) -> tuple[ChannelGroup, ...]:
+    """The groups, with those locked under which a random plan breaks a claim."""
+    rng = np.random.default_rng(0)
+    result = list(groups)
+    for _ in range(_ROUNDS):
+        worst: set[int] = set()
+        for _ in range(_PLANS):
+            mask = governing.mask([_random_keep(g, rng) for g in result])
+            for classes in claims.violated(mask):
+                worst |= governing.groups_of(np.unique(classes))
+        worst = {g for g in worst if result[g].locked is None}
+        if not worst:
+            break
+        for g in worst:
+            result[g] = replace(result[g], locked=REASON)
+    return tuple(result)
+
+
+def _random_keep(group: ChannelGroup, rng: np.random.Generator) -> BoolArray:
+    keep = np.ones(group.n, dtype=np.bool_)
+    if group.locked is None and group.width > 1:
+        count = int(rng.integers(1, group.width))
+        order = rng.random((group.rows, group.width)).argsort(1)
+        keep = (order < count).ravel()
+    return keep
