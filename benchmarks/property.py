@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / d) for d in ("tests", "")]
 
-import torch
-from graphs import Program, Seeded
-from graphs_check import check_program, random_program, smaller
+import torch  # noqa: E402
+from graphs import Program, Seeded  # noqa: E402
+from graphs_check import check_program, random_program, smaller  # noqa: E402
 
 
 def failure_of(program: Program) -> str | None:

@@ -1,4 +1,6 @@
-"""Random networks: programs of small blocks over images [N, C, H, W], tokens [N, L, C], vectors [N, C].
+"""Random networks: programs of small blocks over images, tokens and vectors.
+
+Images are [N, C, H, W], tokens [N, L, C], vectors [N, C].
 
 A program is data, so the same network can be built again. All choices come from a :class:`Source`:
 numpy's generator for long runs, hypothesis for the test suite (which can then shrink a failure).

@@ -1,4 +1,4 @@
-"""torchvision's models, half of the MACs gone: the oracle in float32, exact costs, ONNX for some."""
+"""torchvision at half the MACs: the oracle in float32, exact costs, ONNX for some."""
 
 from __future__ import annotations
 
