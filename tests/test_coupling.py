@@ -77,7 +77,7 @@ def test_consumers_in_execution_order() -> None:
         f"{n}.weight" for n in ("stem", "p1", "q1", "p2", "q2", "fc")
     ]
     assert [c.kind for c in traced.consumers] == ["conv"] * 5 + ["linear"]
-    assert [c.bias for c in traced.consumers][0] == "stem.bias"
+    assert traced.consumers[0].bias == "stem.bias"
     assert traced.consumers[0].norm == "n" and traced.consumers[1].norm is None
     by_size = {g.n: g for g in free(traced)}
     keys = {c.weight: c.key for c in traced.consumers}

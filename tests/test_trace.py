@@ -69,7 +69,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "attributes": sorted(model.__dict__),
         "threads": torch.get_num_threads(),
         "rng": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].copy(),
+        "numpy": np.random.get_state()[1].copy(),  # noqa: NPY002 - the global state is meant
         "grad mode": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
     }
