@@ -343,15 +343,33 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares all tensors, with attention made traceable."""
-    tensors = list(model.parameters()) + list(model.buffers())
-    base: nn.Module = copy.deepcopy(model, {id(t): t for t in tensors})
+    """A copy of the module tree that shares the parameters, with attention made traceable.
+
+    Buffers are copied: a forward that writes to them must not change the user's.
+    """
+    base: nn.Module = copy.deepcopy(model, {id(t): t for t in model.parameters()})
     for path, module in list(base.named_modules()):
         if path and TraceableAttention.replaces(module):
             parent, _, name = path.rpartition(".")
             assert isinstance(module, nn.MultiheadAttention)
             setattr(base.get_submodule(parent), name, TraceableAttention(module))
     return base.eval()
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Buffers that a run replaces or writes to are put back."""
+    held = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
+    values = {id(t): t.clone() for _, own in held for t in own.values() if t is not None}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for m, own in held:
+                m._buffers = own
+                for t in own.values():
+                    if t is not None:
+                        t.copy_(values[id(t)])
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -384,7 +402,8 @@ def _trace(base: nn.Module, inputs: tuple[Any, ...], opaque: dict[str, str]) -> 
     while True:
         tracer = ConcreteTracer(inputs, opaque)
         try:
-            return tracer.trace(base)
+            with buffers_kept(base):
+                return tracer.trace(base)
         except Exception as error:
             _check_runs(base, inputs)
             if tracer.failed is None or tracer.failed[0] in opaque:

@@ -125,13 +125,16 @@ def relative_error(expected: Any, actual: Any) -> float:
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape, f"shape {tuple(x.shape)} expected, {tuple(y.shape)} came"
         assert bool(torch.isfinite(x).all()), "the masked original is not finite"
+        assert bool(torch.isfinite(y).all()), "the pruned model is not finite"
         scale = float(x.abs().max())
         assert scale > 1e-12, "the masked original is all zero: the comparison says nothing"
         worst = max(worst, float((x - y).abs().max()) / scale)
     return worst
 
 
-def oracle_error(traced: Traced, plan: PrunePlan, pruned: nn.Module, inputs: Sequence[Any]) -> float:
+def oracle_error(
+    traced: Traced, plan: PrunePlan, pruned: nn.Module, inputs: Sequence[Any]
+) -> float:
     """Relative error of ``pruned`` against the masked original on ``inputs``."""
     expected = masked_original(traced, plan)(*inputs)
     with torch.no_grad():
@@ -168,5 +171,3 @@ def random_plan(traced: Traced, seed: int = 0, share: float | None = None) -> Pr
             order = rng.random((g.rows, g.width)).argsort(1)[:, : max(1, count)]
             kept[g.name] = (np.sort(order, 1) + np.arange(g.rows)[:, None] * g.width).ravel()
     return traced.plan(kept)
-
-

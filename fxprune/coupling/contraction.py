@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,14 @@ from fxprune.coupling.labels import (
     varying,
 )
 from fxprune.coupling.mixing import meet_along
-from fxprune.coupling.rules import meet, register, unfixed
+from fxprune.coupling.rules import PRODUCTS, Rule, meet, register, unfixed
 from fxprune.types import IntArray
+
+
+def product(*names: str) -> Callable[[Rule], Rule]:
+    """``register``, for ops that count multiply-adds also where nothing is labelled."""
+    PRODUCTS.update(names)
+    return register(*names)
 
 
 def _dim_labels(fields: Fields, dim: int) -> IntArray | None:
@@ -72,17 +78,17 @@ def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | No
     labels.put(out, fields)
 
 
-@register("aten.mm", "aten.bmm")
+@product("aten.mm", "aten.bmm")
 def _mm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     _matmul(labels, args[0], args[1], out)
 
 
-@register("aten.addmm", "aten.baddbmm")
+@product("aten.addmm", "aten.baddbmm")
 def _addmm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     _matmul(labels, args[1], args[2], out, args[0])
 
 
-@register(
+@product(
     "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_fused_attention_overrideable",
@@ -119,7 +125,7 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
     labels.put(result, fields)
 
 
-@register("aten.convolution")
+@product("aten.convolution")
 def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     x, w, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     for f in labels.of(w):

@@ -19,6 +19,7 @@ from fxprune.errors import InternalError
 
 Rule = Callable[[Labels, Any, Sequence[Any], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
+PRODUCTS: set[str] = set()  # ops that count multiply-adds, with labels or without
 
 
 def register(*names: str) -> Callable[[Rule], Rule]:
@@ -39,9 +40,9 @@ def apply_rule(
 ) -> None:
     """Carry labels over one executed op."""
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-    if not any(labels.of(t) for t in tensors):
-        return
     name = str(func.overloadpacket)
+    if name not in PRODUCTS and not any(labels.of(t) for t in tensors):
+        return
     rule = RULES.get(name)
     if rule is None and _is_pointwise(func):
         rule = elementwise

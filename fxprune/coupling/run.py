@@ -16,7 +16,7 @@ from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they 
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
 from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
-from fxprune.trace import LEAVES, Captured
+from fxprune.trace import LEAVES, Captured, buffers_kept
 from fxprune.types import IntArray
 
 
@@ -159,7 +159,7 @@ def label_run(captured: Captured) -> Run:
     inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
     rng = torch.get_rng_state()
     try:
-        with evaluating(gm):
+        with evaluating(gm), buffers_kept(gm):
             _LabelInterpreter(gm, mode, values).run(*inputs)
     finally:
         torch.set_rng_state(rng)

@@ -289,6 +289,7 @@ class _Solver:
             self.count += flat.shape[1]
             first = self.cls_first()
             self.parents.append((np.broadcast_to(fresh, flat.shape).ravel(), first[flat].ravel()))
+            self.kinds.append(COLUMN)
             return
         self.unite(np.broadcast_to(flat[:1], flat.shape).ravel(), flat.ravel())
 
