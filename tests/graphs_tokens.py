@@ -101,45 +101,78 @@ class Attention(Op):
         self.heads, self.d, self.kind, self.sdpa, self.kv = heads, d, kind, sdpa, kv
         self.norm = nn.LayerNorm(c)
         self.proj = nn.Linear(heads * d, c)
-        if kind in ("reshape", "chunk"):
+        if kind in ("reshape", "chunk", "rows"):
             self.qkv = nn.Linear(c, 3 * heads * d)
         elif kind == "module":
             self.attn = nn.MultiheadAttention(c, heads, batch_first=True)
         else:
             self.q = nn.Linear(c, heads * d)
+            self.bias = nn.Parameter(torch.randn(heads, 1, 1)) if kind == "bias" else None
             self.k, self.v = nn.Linear(c, kv * d), nn.Linear(c, kv * d)
 
     @classmethod
     def offer(cls, s: Source, shape: Shape) -> Options:
-        kind = choose(s, ("reshape", "chunk", "separate", "grouped", "module", "einsum"))
+        kinds = (
+            "reshape",
+            "chunk",
+            "separate",
+            "grouped",
+            "module",
+            "einsum",
+            "rows",
+            "rotary",
+            "bias",
+        )
+        kind = choose(s, kinds)
         heads, d = s.integer(1, 4), s.integer(1, 4)
         kv = heads
         if kind == "module":
             heads = choose(s, divisors(shape[2]))
             d = shape[2] // heads
+        elif kind == "rotary":
+            d *= 2
         elif kind == "grouped":
             kv = choose(s, divisors(heads))
         sdpa = bool(s.integer(0, 1))
         return {"c": shape[2], "heads": heads, "d": d, "kind": kind, "sdpa": sdpa, "kv": kv}
+
+    def project(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, L, C] -> query, key, value [N, heads, L, d]"""
+        b, n, _ = y.shape
+        if self.kind == "reshape":
+            qkv = self.qkv(y).reshape(b, n, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)
+            return qkv[0], qkv[1], qkv[2]
+        if self.kind == "rows":
+            qkv = self.qkv(y).view(b, n, self.heads, 3 * self.d).transpose(1, 2)
+            q, k, v = qkv.split(self.d, -1)
+            return q, k, v
+        if self.kind == "chunk":
+            parts = self.qkv(y).chunk(3, dim=-1)
+            q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in parts)
+            return q, k, v
+        q, k, v = (
+            f(y).view(b, n, h, self.d).transpose(1, 2)
+            for f, h in ((self.q, self.heads), (self.k, self.kv), (self.v, self.kv))
+        )
+        if self.kv != self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv, 1) for t in (k, v))
+        return (self.turned(q), self.turned(k), v) if self.kind == "rotary" else (q, k, v)
+
+    @staticmethod
+    def turned(t: Tensor) -> Tensor:
+        n, d = t.shape[-2:]
+        rate = 1.0 / 100 ** (torch.arange(0, d, 2, dtype=t.dtype) / d)
+        angle = torch.arange(n, dtype=t.dtype)[:, None] * rate
+        angle = torch.cat([angle, angle], -1)
+        p, q = t.chunk(2, -1)
+        return t * angle.cos() + torch.cat([-q, p], -1) * angle.sin()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         if self.kind == "module":
             return x + self.attn(y, y, y, need_weights=not self.sdpa)[0]
         b, n, _ = x.shape
-        if self.kind == "reshape":
-            qkv = self.qkv(y).reshape(b, n, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv[0], qkv[1], qkv[2]
-        elif self.kind == "chunk":
-            parts = self.qkv(y).chunk(3, dim=-1)
-            q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in parts)
-        else:
-            q, k, v = (
-                f(y).view(b, n, h, self.d).transpose(1, 2)
-                for f, h in ((self.q, self.heads), (self.k, self.kv), (self.v, self.kv))
-            )
-        if self.kv != self.heads:
-            k, v = (t.repeat_interleave(self.heads // self.kv, 1) for t in (k, v))
+        q, k, v = self.project(y)
         if self.kind == "einsum":
             scores = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
             z = torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v).flatten(2)
@@ -147,8 +180,66 @@ class Attention(Op):
             z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
         else:
             scores = (q * self.d**-0.5) @ k.transpose(-2, -1)
+            if self.kind == "bias":
+                scores = scores * self.bias.sigmoid()
             z = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, self.heads * self.d)
         return x + self.proj(z)
+
+
+@register
+class Windows(Op):
+    """Shifted 2 x 2 windows with a bias for each head, as in Swin."""
+
+    def __init__(self, c: int, heads: int, d: int) -> None:
+        super().__init__()
+        self.heads, self.d, self.norm = heads, d, nn.LayerNorm(c)
+        self.qkv, self.proj = nn.Linear(c, 3 * heads * d), nn.Linear(heads * d, c)
+        self.bias = nn.Parameter(torch.randn(1, heads, 4, 4))
+
+    @classmethod
+    def offer(cls, s: Source, shape: Shape) -> Options | None:
+        if shape[2] % 2:
+            return None
+        return {"c": shape[1], "heads": s.integer(1, 4), "d": s.integer(1, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.roll(self.norm(x.permute(0, 2, 3, 1)), (-1, -1), (1, 2))
+        b, h, w, c = y.shape
+        y = y.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+        q, k, v = self.qkv(y).view(-1, 4, 3, self.heads, self.d).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (((q * self.d**-0.5) @ k.transpose(-2, -1)) + self.bias).softmax(-1) @ v
+        y = self.proj(y.transpose(1, 2).reshape(-1, 4, self.heads * self.d))
+        y = y.view(b, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return x + torch.roll(y, (1, 1), (1, 2)).permute(0, 3, 1, 2)
+
+
+@register
+class Sequence(Op):
+    """A one-dimensional convolution, a gate of one half by the other, a recurrent layer."""
+
+    takes = "tokens"
+
+    def __init__(self, c: int, o: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.p = nn.Linear(c, 2 * o)
+        self.n, self.q = nn.LayerNorm(o), nn.Conv1d(o, o, 3, padding=1)
+        self.cell = nn.GRU(2 * o, 3, batch_first=True) if kind == "recurrent" else None
+
+    @classmethod
+    def offer(cls, s: Source, shape: Shape) -> Options:
+        kind = choose(s, ("gate", "glu", "convolution", "recurrent"))
+        return {"c": shape[2], "o": s.integer(2, 6), "kind": kind}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.p(x)
+        if self.cell is not None:
+            return self.cell(y)[0]
+        if self.kind == "glu":
+            return F.glu(y, -1)
+        p, q = y.chunk(2, -1)
+        gate = self.q(self.n(q).transpose(1, 2)).transpose(1, 2)
+        return p * gate if self.kind == "gate" else gate
 
 
 @register

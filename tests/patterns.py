@@ -214,10 +214,12 @@ class ChannelShuffleModule(Between):
 
 @case("a.weight:0 g.weight:0")
 class ShuffleBetweenGroups(nn.Module):
+    """ShuffleNet: every group of the second convolution takes 3 channels of each of the first."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.g = conv(3, 12), conv(12, 24, groups=3)
-        self.h, self.b = conv(24, 12, groups=3), conv(12, 5)
+        self.a, self.g = conv(3, 12), conv(12, 27, groups=3)
+        self.h, self.b = conv(27, 12, groups=3), conv(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.g(self.a(x)).relu()

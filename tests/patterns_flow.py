@@ -223,9 +223,25 @@ class InPlaceSlices(Between):
     def middle(self, y: Tensor) -> Tensor:
         y[:, :4] = y[:, :4] * 2
         y[:, 2:6] += 1
-        y[:, ::2].mul_(3)
+        y[:, 5:].mul_(3)
         y[..., 0] = 0.5
         return y
+
+
+@case("m.weight:0")
+class InPlaceStride(Between):
+    """Kept positions need not lie at equal steps: such a write may lock its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = conv(3, 6)
+        self.a = conv(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.m(x).relu())
+        y[:, ::2].mul_(3)
+        y[:, 1::3] -= 1
+        return self.b(y)
 
 
 @case("a.weight:0 b.weight:1")
