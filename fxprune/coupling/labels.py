@@ -163,6 +163,11 @@ class Labels:
         if kept:
             self.fields[t] = kept
 
+    def replace(self, t: Tensor, fields: Fields) -> None:
+        """Give ``t`` other fields than it had."""
+        self.fields.pop(t, None)
+        self.put(t, fields)
+
     def parameter(self, t: Tensor) -> None:
         """One fresh field for each dim of a parameter or buffer."""
         self.put(t, [self.along(t, d) for d, size in enumerate(t.shape) if size > 1])

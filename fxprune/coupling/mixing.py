@@ -107,8 +107,15 @@ def meet_along(
     "aten.miopen_batch_norm", "aten._batch_norm_with_update", "aten.batch_norm",
 )  # fmt: skip
 def _batch_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
-    tensors = [a for a in args[1:5] if isinstance(a, Tensor)]
-    meet_along(labels, args[0], tensors, 1, out)
+    """With batch statistics, all positions but those along dim 1 are mixed."""
+    x = args[0]
+    names = [a.name for a in func._schema.arguments]
+    training = bool(args[names.index("training")]) if "training" in names else False
+    if training:
+        others = [d for d in range(x.dim()) if d != 1]
+        mixed = [labels.mix(f, others, "statistics over the channels") for f in labels.of(x)]
+        labels.replace(x, [f for f in mixed if f is not None])
+    meet_along(labels, x, [a for a in args[1:5] if isinstance(a, Tensor)], 1, out)
 
 
 @register("aten.native_layer_norm", "aten.layer_norm", "aten._fused_rms_norm", "aten.rms_norm")

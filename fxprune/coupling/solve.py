@@ -272,7 +272,7 @@ class _Solver:
         for _, ids in uses:
             if len(set(ids)) > 1:
                 balanced[ids] = True
-        for uniform in self.uniforms:
+        for uniform in self.uniforms if len(order) else ():
             units = self.unit[uniform.reshape(-1, uniform.shape[-1])]
             lines = np.where(owner[units] >= 0, owner[units], -1)
             if _addresses_within(units, lines, balanced):
