@@ -58,6 +58,7 @@ class Op(nn.Module):
 
     takes: ClassVar[str] = "image"
     count: ClassVar[int] = 1  # inputs
+    frequency: ClassVar[int] = 1  # how often it is drawn
 
     @classmethod
     def offer(cls, s: Source, shape: Shape) -> Options | None:
@@ -172,7 +173,9 @@ def _draw(s: Source, values: list[Tensor], steps: list[Step], fresh: int) -> Ste
     """One more block on a value, mostly the last one."""
     at = len(values) - 1 if s.integer(0, 3) else s.integer(0, len(values) - 1)
     shape = tuple(values[at].shape)
-    names = [n for n, op in OPS.items() if op.takes == LAYOUT[len(shape)]]
+    names = [
+        n for n, op in OPS.items() if op.takes == LAYOUT[len(shape)] for _ in range(op.frequency)
+    ]
     if at < fresh:  # a model input: first a convolution
         names = ["Convolution"]
     name = choose(s, names)
@@ -202,6 +205,8 @@ def _draw(s: Source, values: list[Tensor], steps: list[Step], fresh: int) -> Ste
 @register
 class Convolution(Op):
     """Plain, grouped, depthwise, with multiplier, strided, transposed; module or function."""
+
+    frequency = 3
 
     def __init__(self, i: int, o: int, k: int, groups: int, bias: bool, form: str) -> None:
         super().__init__()

@@ -10,13 +10,14 @@ import graphs_tokens  # noqa: F401 - registers its blocks
 import torch
 from checks import assert_right
 from graphs import Program, Step, random_program
-from oracle import random_plan, randomise
+from oracle import oracle_error, random_plan, randomise
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.cut import cut
 from fxprune.traced import trace
+from fxprune.types import PrunePlan
 
 __all__ = ["check_program", "random_program", "smaller"]
 
@@ -33,7 +34,7 @@ def check_program(program: Program, plans: int = 2) -> int:
         einsum = any(s.options.get("kind") == "einsum" for s in program.steps)
         exact = not einsum or int(traced.counts(plan).min(initial=2)) > 1
         assert_right(traced, plan, pruned, inputs, exact_macs=exact)
-    _check_repeatable(program, plan)
+    _check_repeatable(program, traced, plan, inputs[1])
     _check_trains(pruned, inputs[1])
     return sum(g.locked is None for g in traced.groups)
 
@@ -51,15 +52,19 @@ def _check_whole(
         torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-10)
 
 
-def _check_repeatable(program: Program, plan: fxprune.PrunePlan) -> None:
-    """The plan on two fresh instances gives equal state dicts."""
-    plan = fxprune.PrunePlan.from_json(plan.to_json())
-    first, second = (
-        fxprune.apply(randomise(program.build()), plan, program.example()).state_dict()
-        for _ in range(2)
+def _check_repeatable(
+    program: Program, traced: fxprune.Traced, plan: PrunePlan, inputs: tuple[torch.Tensor, ...]
+) -> None:
+    """The plan, as JSON, on two fresh instances: equal states, right as the user's class."""
+    plan = PrunePlan.from_json(plan.to_json())
+    one, two = (
+        fxprune.apply(randomise(program.build()), plan, program.example()) for _ in range(2)
     )
+    first, second = one.state_dict(), two.state_dict()
     assert list(first) == list(second)
     assert all(torch.equal(first[k], second[k]) for k in first)
+    error = oracle_error(traced, plan, one, inputs)
+    assert error <= 1e-10, f"relative error {error:.2e} as {type(one).__name__}; kept {plan.kept}"
 
 
 def _check_trains(pruned: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

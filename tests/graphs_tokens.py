@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 @register
 class ToTokens(Op):
+    frequency = 3
+
     def __init__(self, c: int, length: int, literal: bool, position: bool) -> None:
         super().__init__()
         self.c, self.literal = c, literal
@@ -95,6 +97,7 @@ class Attention(Op):
     """x + attention(norm(x)), written in the ways that are found in the wild."""
 
     takes = "tokens"
+    frequency = 4
 
     def __init__(self, c: int, heads: int, d: int, kind: str, sdpa: bool, kv: int) -> None:
         super().__init__()
