@@ -1,0 +1,131 @@
+"""How the seconds of trace, couple and cut grow with the depth of the network.
+
+    python benchmarks/scaling.py            writes docs/scaling.png and the table in docs/speed.md
+
+Two families: a chain of N residual blocks (all blocks share one channel group), and a dense block
+of N layers, each of which reads the concatenation of all before it (N groups; the input of the last
+layer has N members). Widths are small, so that the analysis and not the arithmetic is measured. The
+exponent is the slope of a straight line through log(seconds) over log(N), over all N and over the
+last two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / d) for d in ("tests", "")]
+
+import numpy as np  # noqa: E402
+import speed_table  # noqa: E402
+import torch  # noqa: E402
+from oracle import random_plan  # noqa: E402
+from timer import measure  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import fxprune  # noqa: E402
+from fxprune.cut import cut  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = (50, 100, 200, 400, 800)
+WIDTH, GROWTH = 16, 4
+
+
+class Residual(nn.Module):
+    """x + conv(relu(bn(conv(x)))), [N, WIDTH, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Dense(nn.Module):
+    """``n`` layers; each reads all earlier outputs and adds GROWTH channels."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(WIDTH + i * GROWTH, GROWTH, 3, padding=1) for i in range(n)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x]
+        for layer in self.layers:
+            parts.append(layer(torch.cat(parts, 1)).relu())
+        return torch.cat(parts, 1)
+
+
+def network(family: str, n: int) -> nn.Module:
+    """A stem, ``n`` blocks or layers, a pooled head."""
+    body = nn.Sequential(*(Residual() for _ in range(n))) if family == "chain" else Dense(n)
+    width = WIDTH if family == "chain" else WIDTH + n * GROWTH
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), body, *pool, nn.Linear(width, 10)).eval()
+
+
+def seconds(family: str, n: int, runs: int) -> dict[str, Any]:
+    """Timings of trace + couple, and of cut, for one network."""
+    torch.manual_seed(0)
+    model, x = network(family, n), torch.randn(1, 3, 10, 10)
+    kept: dict[str, Any] = {}
+
+    def analyse(_: Any) -> None:
+        kept["traced"] = fxprune.trace(model, x)
+
+    analysis = measure(analyse, runs=runs)
+    traced = kept["traced"]
+    plan = random_plan(traced, 0, 0.5)
+    cutting = measure(lambda _: cut(traced, plan), runs=runs)
+    return {
+        "groups": len(traced.groups),
+        "trace": analysis.as_dict(),
+        "cut": cutting.as_dict(),
+        "total": analysis.cpu + cutting.cpu,
+    }
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope of log(values) over log(sizes)."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--sizes", default=",".join(str(n) for n in SIZES))
+    p.add_argument("--runs", type=int, default=3)
+    p.add_argument("--limit", type=float, default=120.0, help="no larger N after these seconds")
+    options = p.parse_args()
+    torch.set_num_threads(1)
+    seconds("chain", 2, 1)  # first-call costs of the libraries
+    path = ROOT / "runs" / "speed" / "scaling.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Any] = {}
+    for family in ("chain", "dense"):
+        points: dict[str, Any] = {}
+        for n in (int(s) for s in options.sizes.split(",")):
+            points[str(n)] = seconds(family, n, options.runs)
+            print(f"{family} {n}: {points[str(n)]['total']:.2f} s of CPU", flush=True)
+            done = [int(k) for k in points], [v["total"] for v in points.values()]
+            rows[family] = {"points": points}
+            if len(points) > 1:
+                rows[family]["exponent"] = exponent(*done)
+                rows[family]["last"] = exponent(done[0][-2:], done[1][-2:])
+            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            if points[str(n)]["total"] > options.limit:
+                break
+    speed_table.write(ROOT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""docs/speed.md and docs/scaling.png from the figures of speed.py and scaling.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+HEAD = """# Speed of the analysis
+
+Seconds to trace, couple and cut a model in one thread. To repeat:
+
+    pip install -e .[bench]
+    python benchmarks/speed.py          # against Torch-Pruning
+    python benchmarks/scaling.py        # growth with depth
+
+"""
+AGAINST = """## Against Torch-Pruning
+
+Half the channels, the final layer ignored, one process for each model and tool, fresh copies of
+the model, medians of {runs} runs after one to warm up (none for Torch-Pruning on densenet201).
+Machine: {device}; {threads} thread. Torch-Pruning {version}. The machine was shared with other
+work, so **CPU seconds of the process** are compared, with wall-clock seconds beside them. Inputs:
+1x3x128x128 (as in `benchmarks/zoo.py`). Ratio: Torch-Pruning's CPU seconds / fxprune's; above 1,
+fxprune is faster.
+
+| model | fxprune, CPU s | wall s (spread) | Torch-Pruning, CPU s | wall s (spread) | ratio |
+|---|---|---|---|---|---|
+"""
+GROWTH = """
+## Growth with depth
+
+CPU seconds of trace, couple and cut, median of {runs}, one thread. A chain of N residual blocks of
+16 channels, and a dense block of N layers, each reading the concatenation of all before it (growth
+4). The concatenations of the dense block alone hold N^2 / 2 member entries.
+
+![seconds over N](scaling.png)
+
+"""
+
+
+def line(name: str, row: Row) -> str:
+    """One row of the comparison."""
+    mine, other = row["fxprune"], row.get("torch-pruning", {"reason": "not run"})
+    ratio = f"{other['cpu'] / mine['cpu']:.1f}" if "cpu" in mine and "cpu" in other else "-"
+    return f"| {name} | {_two(mine)} | {_two(other)} | {ratio} |"
+
+
+def _two(t: Row) -> str:
+    if "reason" in t:
+        return f"{t['reason']} | -"
+    return f"{t['cpu']:.2f} | {t['median']:.2f} ({t['spread']:.0%})"
+
+
+def write(root: Path) -> None:
+    """Write docs/speed.md, with whatever of the two parts has been measured."""
+    folder, text = root / "runs" / "speed", HEAD
+    if (folder / "speed.json").is_file():
+        rows = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+        text += _against(rows)
+    if (folder / "scaling.json").is_file():
+        points = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
+        text += _growth(points)
+        _plot(points, root / "docs" / "scaling.png")
+    (root / "docs" / "speed.md").write_text(text, encoding="utf-8")
+    print("wrote docs/speed.md")
+
+
+def _against(rows: dict[str, Row]) -> str:
+    from importlib.metadata import version
+
+    first = next(r["fxprune"] for r in rows.values() if "device" in r["fxprune"])
+    head = AGAINST.format(
+        runs=first["runs"],
+        device=first["device"],
+        threads=first["threads"],
+        version=version("torch-pruning"),
+    )
+    return head + "".join(line(name, row) + "\n" for name, row in rows.items())
+
+
+def _growth(rows: dict[str, Row]) -> str:
+    runs = next(iter(rows["chain"]["points"].values()))["trace"]["runs"]
+    text = GROWTH.format(runs=runs)
+    text += "| network | N | groups | trace + couple | cut | total, CPU s |\n"
+    text += "|---|---|---|---|---|---|\n"
+    for family, row in rows.items():
+        for n, p in row["points"].items():
+            text += (
+                f"| {family} | {n} | {p['groups']} | {p['trace']['cpu']:.2f} "
+                f"| {p['cut']['cpu']:.2f} | {p['total']:.2f} |\n"
+            )
+    text += "\n"
+    for family, row in rows.items():
+        if "exponent" in row:
+            text += (
+                f"- {family}: exponent {row['exponent']:.2f} over all N, "
+                f"{row['last']:.2f} over the last two.\n"
+            )
+    return text
+
+
+def _plot(rows: dict[str, Row], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for (family, row), marker in zip(rows.items(), "os", strict=False):
+        sizes = [int(n) for n in row["points"]]
+        values = [p["total"] for p in row["points"].values()]
+        label = f"{family}: N^{row['exponent']:.2f}" if "exponent" in row else family
+        axes.loglog(sizes, values, marker=marker, label=label)
+        axes.loglog(sizes, [values[0] * n / sizes[0] for n in sizes], ":", color="grey", lw=1)
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
+    axes.set(xlabel="N blocks or layers", ylabel="trace + couple + cut, CPU seconds, one thread")
+    axes.legend(title="dotted: linear")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
