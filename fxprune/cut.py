@@ -31,8 +31,31 @@ def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
     modules = _modules(source, tensors, sizes)
     graph = Rewriter(source.graph, sizes).run()
     result = fx.GraphModule(_attributes(source, tensors, modules), graph, source.__class__.__name__)
+    _add_unused(result, source, traced.captured.base)
     result.eval()
     return result
+
+
+def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
+    """Parameters and buffers that forward does not use stay in the state dict, as they are."""
+    used = {name for name, _ in source.named_parameters(remove_duplicate=False)}
+    used |= {name for name, _ in source.named_buffers(remove_duplicate=False)}
+    for path, module in base.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        for atom, t in own:
+            if t is None or (f"{path}." if path else "") + atom in used:
+                continue
+            holder = result
+            for part in path.split(".") if path else ():
+                if not hasattr(holder, part):
+                    holder.add_module(part, nn.Module())
+                holder = getattr(holder, part)
+            value = t.detach().clone()
+            if isinstance(t, nn.Parameter):
+                holder.register_parameter(atom, nn.Parameter(value, t.requires_grad))
+            else:
+                persistent = atom not in module._non_persistent_buffers_set
+                holder.register_buffer(atom, value, persistent=persistent)
 
 
 def _sliced(source: nn.Module, sizes: Sizes) -> dict[int, Tensor]:

@@ -230,7 +230,7 @@ def test_apply_gives_the_users_class() -> None:
 def test_excluded_modules_stay() -> None:
     traced = traced_net().excluding(["f", "a"])
     assert "excluded" in (of(traced, "f.weight").locked or "")
-    pruned = cut(traced, random_plan(traced, 0))
+    pruned = cut(traced, random_plan(traced, 0, 0.5))
     assert pruned.f.out_features == 10 and pruned.a.out_channels == 8
     assert pruned.t.out_channels < 12 or pruned.w.out_channels < 12
     with pytest.raises(fxprune.FxpruneError, match="exclude"):

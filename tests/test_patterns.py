@@ -30,7 +30,8 @@ def test_pruned_equals_masked_original(name: str) -> None:
     inputs = [case.example(1), case.example(2, batch=3)] if case.batch else [case.example(1)]
     for seed in range(3):
         plan = random_plan(traced, seed)
-        assert_right(traced, plan, cut(traced, plan), inputs)
+        exact = "Einsum" not in name or int(traced.counts(plan).min()) > 1
+        assert_right(traced, plan, cut(traced, plan), inputs, exact_macs=exact)
 
 
 @pytest.mark.parametrize("name", CASES)

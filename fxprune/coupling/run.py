@@ -134,6 +134,11 @@ class _LabelInterpreter(fx.Interpreter):
         return tree_map_only(Tensor, one, value)
 
 
+def tensors_of(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, by name; each tensor once."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
 def call_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls."""
     target: Any = node.target
@@ -149,11 +154,15 @@ def label_run(captured: Captured) -> Run:
     labels = Labels()
     parameters: dict[str, Traits] = {}
     names = parameter_names(gm)
-    for name, t in list(gm.named_parameters()) + list(gm.named_buffers()):
+    for name, t in tensors_of(gm):
         if t.is_floating_point():
             labels.parameter(t)
         learnable = isinstance(t, torch.nn.Parameter)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
+    for name, t in tensors_of(captured.base):  # those that forward does not use
+        if name not in parameters:
+            learnable = isinstance(t, torch.nn.Parameter)
+            parameters[name] = Traits(tuple(t.shape), t.dtype, (), learnable)
     mode = _LabelMode(labels, names, parameters)
     values: dict[str, Any] = {}
     inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)

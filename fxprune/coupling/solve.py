@@ -142,9 +142,11 @@ class _Solver:
         self.unite(x[equal], y[equal])
         odd = ~equal & ((s > 1) | (s == np.minimum(size[x], size[y])))
         row = self._row_parents(p, c)
+        nested = odd & row[x] & row[y] & (s == np.minimum(size[x], size[y]))
         columns = odd & ~row[x] & ~row[y]
-        self.unite(x[columns], y[columns])
-        crossing = np.concatenate([x[odd & row[x]], y[odd & row[y]]])
+        for which in (nested, columns):
+            self.unite(x[which], y[which])
+        crossing = np.concatenate([x[odd & ~nested & row[x]], y[odd & ~nested & row[y]]])
         if len(crossing):
             self.pinned_labels.append(self.cls_first()[np.unique(crossing)])
 
