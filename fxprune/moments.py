@@ -235,6 +235,31 @@ class InputStatistics:
     blocks: Mapping[str, FloatArray]
 
 
+def input_rows(kind: str, layout: Layout, x: Tensor, batch: int) -> tuple[Tensor, bool]:
+    """A product's input -> ([B, P, V], pooled): pooled where the samples are the positions.
+
+    ``x``: [N, C, *] of a convolution, [M, C] of a matrix product; ``batch``: samples of the batch.
+    At most MAX_POSITIONS positions of a sample, the same ones for the same number of positions.
+    """
+    v, t = layout.variables, layout.taps
+    pooled = False
+    if kind == "conv":
+        x = x.reshape(len(x), v, -1).transpose(1, 2)
+    else:
+        pooled = len(x) % batch != 0
+        samples = 1 if pooled else batch
+        taps = (
+            x.reshape(samples, -1, t, v)
+            if layout.tiled
+            else (x.reshape(samples, -1, v, t).transpose(2, 3))
+        )
+        x = taps.reshape(samples, -1, v)
+    if pooled or x.shape[1] == 1:
+        return x.reshape(1, -1, v), True
+    chosen = chosen_positions(x.shape[1])
+    return (x if chosen is None else x.index_select(1, chosen.to(x.device))), False
+
+
 class InputAccumulator:
     """Gathers :class:`InputStatistics` from the inputs of one consumer, batch by batch.
 
@@ -257,30 +282,10 @@ class InputAccumulator:
         self.moved: dict[str, RunningDisplacement] = {}
         self.waiting: list[tuple[Tensor, Tensor | None]] = []
 
-    def rows(self, x: Tensor, batch: int) -> tuple[Tensor, bool]:
-        """The op's input -> ([B, P, V], pooled): pooled where the samples are the positions."""
-        v, t = self.layout.variables, self.layout.taps
-        pooled = False
-        if self.consumer.kind == "conv":
-            x = x.reshape(len(x), v, -1).transpose(1, 2)
-        else:
-            pooled = len(x) % batch != 0
-            samples = 1 if pooled else batch
-            taps = (
-                x.reshape(samples, -1, t, v)
-                if self.layout.tiled
-                else (x.reshape(samples, -1, v, t).transpose(2, 3))
-            )
-            x = taps.reshape(samples, -1, v)
-        if pooled or x.shape[1] == 1:
-            return x.reshape(1, -1, v), True
-        chosen = chosen_positions(x.shape[1])
-        return (x if chosen is None else x.index_select(1, chosen.to(x.device))), False
-
     def add(self, x: Tensor, batch: int) -> None:
         """``x``: the op's input, [N, C, *] or [M, C]; ``batch``: samples of the batch."""
         x = x if x.dtype == torch.float64 else x.float()
-        rows, pooled = self.rows(x, batch)
+        rows, pooled = input_rows(self.consumer.kind, self.layout, x, batch)
         wants_map = self.gamma != 0 or self.displacement
         weight = self._maps(rows, pooled) if wants_map else None
         flat = rows.reshape(-1, self.layout.variables)

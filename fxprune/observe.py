@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxprune.errors import DataError, InternalError
 from fxprune.moments import (
@@ -179,6 +179,19 @@ def shared_inputs(traced: Traced, needed: Mapping[str, Consumer]) -> dict[str, s
     return shared
 
 
+def coverage_of(consumer: Consumer, product: Product, out: Tensor) -> Tensor:
+    """[T]: how often each tap meets the input; see :class:`ConsumerStatistics`."""
+    if consumer.kind != "conv":
+        return torch.ones(Layout.of(consumer).taps, dtype=torch.float64)
+    kernel = product.w.shape[2:]
+    if product.transposed:
+        share = product.x.numel() / product.x.shape[1] * out.shape[1] / out.numel()
+        return torch.full((kernel.numel(),), share, dtype=torch.float64)
+    sizes = zip(product.x.shape[2:], out.shape[2:], strict=True)
+    steps = zip(kernel, product.stride, product.dilation, product.padding, strict=True)
+    return tap_coverage([(*a, *b) for a, b in zip(sizes, steps, strict=True)])
+
+
 class _Pass:
     """The state of one pass over the calibration batches."""
 
@@ -201,7 +214,6 @@ class _Pass:
         }
         self.energy = {key: OutputEnergy(needed[key].kind) for key in shared}
         self.coverage: dict[str, Tensor] = {}
-        self.nodes = {n.name: n for n in traced.graph_module.graph.nodes}
         self.operands: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {
             **dict(traced.graph_module.named_buffers(remove_duplicate=False)),
@@ -230,35 +242,12 @@ class _Pass:
 
     def _first(self, key: str, product: Product, out: Tensor) -> None:
         consumer = self.needed[key]
-        self.coverage[key] = self._taps(consumer, product, out)
+        self.coverage[key] = coverage_of(consumer, product, out)
         if product.w.numel() != self.weights[consumer.weight].numel():
             w = product.w
             if consumer.kind == "linear":
                 w = w.t() if consumer.in_dim == 1 else w
             self.operands[key] = w.detach().clone()
-
-    def _taps(self, consumer: Consumer, product: Product, out: Tensor) -> Tensor:
-        """[T]; see :class:`ConsumerStatistics`. Padding is known of modules only, 1 elsewhere."""
-        if consumer.kind != "conv":
-            return torch.ones(Layout.of(consumer).taps, dtype=torch.float64)
-        kernel = product.w.shape[2:]
-        if product.transposed:
-            share = product.x.numel() / product.x.shape[1] * out.shape[1] / out.numel()
-            return torch.full((kernel.numel(),), share, dtype=torch.float64)
-        node = self.nodes[consumer.node]
-        module = None
-        if node.op == "call_module":
-            module = self.traced.graph_module.get_submodule(str(node.target))
-        if not isinstance(module, nn.modules.conv._ConvNd) or module.padding_mode != "zeros":
-            return torch.ones(kernel.numel(), dtype=torch.float64)
-        padding = module.padding
-        if isinstance(padding, str):
-            same = padding == "same"
-            pairs = zip(module.dilation, kernel, strict=True)
-            padding = tuple(d * (k - 1) // 2 if same else 0 for d, k in pairs)
-        sizes = zip(product.x.shape[2:], out.shape[2:], strict=True)
-        steps = zip(kernel, module.stride, module.dilation, padding, strict=True)
-        return tap_coverage([(*a, *b) for a, b in zip(sizes, steps, strict=True)])
 
     def _not_finite(self, key: str, x: Tensor, out: Tensor) -> None:
         if bool(torch.isfinite(out).all()):

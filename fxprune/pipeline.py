@@ -25,6 +25,7 @@ from fxprune.fitness import EvaluateFitness, KLFitness, Repair
 from fxprune.isolate import rng_kept
 from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
+from fxprune.sequential import best_form
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
 
@@ -150,7 +151,11 @@ def _pruned(
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
-    repaired = mend(plan, gm) if mend else None
+    outcome = None
+    if isinstance(mend, LeastSquares):
+        measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
+        outcome = best_form(traced, plan, gm, mend, seen, measure)
+    repaired = outcome.report if outcome else mend(plan, gm) if mend else None
     clock.lap("repair")
     small = as_user_class(traced, plan, gm)
     report = {
@@ -167,6 +172,8 @@ def _pruned(
             "kind": o.repair,
             "repaired": len(repaired.repaired),
             "skipped": dict(repaired.skipped),
+            # the form whose fitness on held-out samples is better stays
+            **({"form": outcome.form, "fitness": dict(outcome.fitness)} if outcome else {}),
         }
     for m in (gm, small):
         if m is not None:
@@ -237,6 +244,16 @@ def _repairer(
     if repair == "bn":
         return lambda plan, module: repair_bn(traced, plan, module, batches)
     return None
+
+
+def _loss(evaluate: Callable[[Any], float] | None) -> Callable[[fx.GraphModule], float]:
+    """The user's measure, lower is better."""
+
+    def measure(module: fx.GraphModule) -> float:
+        assert evaluate is not None
+        return -float(evaluate(module))
+
+    return measure
 
 
 def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:

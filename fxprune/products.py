@@ -24,6 +24,7 @@ class Product:
 
     kind "conv": x [N, C, *], w [O, C/groups, *] (transposed: [C, O/groups, *]);
     kind "linear": x [M, C], w [C, O] as the op sees it.
+    stride, padding, dilation: of a convolution, one entry for each spatial dim.
     """
 
     kind: str
@@ -32,6 +33,9 @@ class Product:
     bias: Tensor | None
     groups: int = 1
     transposed: bool = False
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
 
 
 def as_product(func: Any, args: Sequence[Any]) -> Product | None:
@@ -40,7 +44,20 @@ def as_product(func: Any, args: Sequence[Any]) -> Product | None:
     For a matrix product the second operand is taken as ``w`` (F.linear arrives that way).
     """
     if func is aten.convolution.default:
-        return Product("conv", args[0], args[1], args[2], int(args[8]), bool(args[6]))
+        dims = args[1].ndim - 2
+        steps = (tuple(int(n) for n in args[i]) for i in (3, 4, 5))  # one entry holds for all dims
+        stride, padding, dilation = (s * dims if len(s) == 1 else s for s in steps)
+        return Product(
+            "conv",
+            args[0],
+            args[1],
+            args[2],
+            int(args[8]),
+            bool(args[6]),
+            stride,
+            padding,
+            dilation,
+        )
     if func is aten.addmm.default:
         return Product("linear", args[1], args[2], args[0])
     if func is aten.mm.default:
@@ -78,7 +95,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 OnProduct = Callable[[str, Product, Tensor], "Tensor | None"]
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """Calls ``on_product`` for every product; ``node`` and ``count`` make the keys.
+
+    Whoever runs the graph sets ``node`` to the node's name and ``count`` to 0 before each node.
+    """
+
     def __init__(self, names: dict[int, str], on_product: OnProduct) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.on_product = names, on_product
@@ -97,7 +119,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _NodeByNode(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, mode: _Watch) -> None:
+    def __init__(self, gm: fx.GraphModule, mode: Watch) -> None:
         super().__init__(gm)
         self.mode = mode
 
@@ -112,6 +134,6 @@ def watch(gm: fx.GraphModule, inputs: Sequence[Any], on_product: OnProduct) -> A
     ``on_product(key, product, out)`` is called after each product with a parameter, in execution
     order; ``key`` equals ``Consumer.key``. A tensor that it returns takes the place of ``out``.
     """
-    mode = _Watch(parameter_names(gm), on_product)
+    mode = Watch(parameter_names(gm), on_product)
     with evaluating(gm), mode:
         return _NodeByNode(gm, mode).run(*inputs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import DataError
-from fxprune.products import evaluating
+from fxprune.products import evaluating, parameter_names, storage_key
 from fxprune.types import PrunePlan
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def repair_bn(
 
     Raises DataError where there is no sample.
     """
-    inputs = _some(batches, max_samples)
+    inputs = some(batches, max_samples)
     masks = traced.masks(plan)
     before = _norm_inputs(traced.graph_module, inputs, None)
     repaired: list[str] = []
@@ -73,18 +73,30 @@ def repair_bn(
     return RepairReport(tuple(repaired), skipped)
 
 
-def _some(batches: Iterable[Any], most: int) -> list[tuple[Any, ...]]:
+def some(batches: Iterable[Any], most: int) -> list[tuple[Any, ...]]:
+    """Batches as tuples, at most ``most`` samples. Raises DataError where there is none."""
     taken: list[tuple[Any, ...]] = []
-    samples = 0
+    left = most
     for batch in batches:
         inputs = batch if isinstance(batch, tuple) else (batch,)
+        samples = samples_of(inputs)
+        if samples > left:
+            inputs = tuple(
+                x[:left] if isinstance(x, Tensor) and x.ndim and len(x) == samples else x
+                for x in inputs
+            )
         taken.append(inputs)
-        samples += next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
-        if samples >= most:
+        left -= samples
+        if left <= 0:
             break
-    if samples == 0:
+    if left == most:
         raise DataError("the calibration data holds no sample; give at least one batch")
     return taken
+
+
+def samples_of(inputs: Sequence[Any]) -> int:
+    """First dim of the first tensor of a batch; 1 where there is none."""
+    return next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
 
 
 Correct = Callable[[str, Any, "tuple[Tensor, Tensor]"], None]
@@ -111,7 +123,14 @@ def _norm_inputs(
                 correct(path, norm, found[path])
 
     with torch.random.fork_rng(devices=[]), evaluating(module):
-        _SideBySide(module, before).run_all(inputs)
+        run = SideBySide(module, inputs)
+        for node in module.graph.nodes:
+            if node.op == "output":
+                break
+            if node.op == "call_module" and node.args:
+                before(node, [env[node.args[0]] for env in run.envs if node.args[0] in env])
+            for i in range(len(inputs)):
+                run.step(node, i)
     return found
 
 
@@ -134,25 +153,32 @@ def _mean_var(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-class _SideBySide(fx.Interpreter):
+class SideBySide(fx.Interpreter):
     """Runs several inputs node by node: all of them pass a node before any enters the next."""
 
-    def __init__(
-        self, module: fx.GraphModule, before: Callable[[fx.Node, Sequence[Tensor]], None]
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
         super().__init__(module)
-        self.graph, self.before = module.graph, before
+        self.graph = module.graph
+        self.own = parameter_names(module)
+        self.envs: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+        self.sources = [iter(args) for args in inputs]
 
-    def run_all(self, inputs: Sequence[tuple[Any, ...]]) -> None:
-        envs: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-        sources = [iter(args) for args in inputs]
-        for node in self.graph.nodes:
-            if node.op == "output":
-                return
-            if node.op == "call_module" and node.args:
-                self.before(node, [env[node.args[0]] for env in envs if node.args[0] in env])
-            for env, source in zip(envs, sources, strict=True):
-                self.env, self.args_iter = env, source
-                env[node] = self.run_node(node)
-                for used in self.user_to_last_uses.get(node, []):
-                    del env[used]
+    def step(self, node: fx.Node, i: int) -> None:
+        """Input ``i`` passes ``node``; values that nothing else reads are freed."""
+        self.env, self.args_iter = self.envs[i], self.sources[i]
+        self.env[node] = self.run_node(node)
+        for used in self.user_to_last_uses.get(node, []):
+            del self.env[used]
+
+    def attempt(self, node: fx.Node, i: int) -> None:
+        """Run ``node`` on input ``i`` and forget the result; what it reads is left as it is."""
+        self.env = {n: self._copied(self.envs[i][n]) for n in node.all_input_nodes}
+        self.run_node(node)
+
+    def _copied(self, value: Any) -> Any:
+        """Activations as copies; parameters as they are, since products are known by them."""
+
+        def one(t: Tensor) -> Tensor:
+            return t if storage_key(t) in self.own else t.clone()
+
+        return torch.utils._pytree.tree_map_only(Tensor, one, value)

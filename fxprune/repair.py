@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import InternalError
-from fxprune.moments import Moments, join_weight
+from fxprune.moments import Layout, Moments, join_weight, split_weight
 from fxprune.observe import Statistics
 from fxprune.products import storage_key
 from fxprune.renorm import RepairReport, repair_bn
@@ -40,7 +40,7 @@ _REMEMBERED = 4  # solved regressions kept for each input
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """What the removed inputs are in terms of the kept ones, float64.
 
     kept [g, k] and removed [g, r]: variables within the convolution groups ``alive`` [g];
@@ -63,19 +63,11 @@ class LeastSquares:
 
     def __init__(self, traced: Traced, statistics: Statistics, ridge: float = RIDGE) -> None:
         self.traced, self.statistics, self.ridge = traced, statistics, ridge
-        module = traced.graph_module
-        self.original: dict[str, Tensor] = {
-            **dict(module.named_buffers(remove_duplicate=False)),
-            **dict(module.named_parameters(remove_duplicate=False)),
-        }
+        self.original = named_tensors(traced.graph_module)
         self.never, self.consumers = _repairable(traced, statistics, self.original)
         self.moments = {key: _average(statistics, cs) for key, cs in self.consumers.items()}
-        self.writers = Counter(
-            name
-            for cs in self.consumers.values()
-            for name in {c.bias or f"{c.norm}.running_mean" for c in cs}
-        )
-        self.solved: dict[str, dict[bytes, _Solved]] = {}
+        self.writer = Writer(traced, self.original, self.consumers.values())
+        self.solved: dict[str, dict[bytes, Solved]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, plan: PrunePlan, module: fx.GraphModule) -> RepairReport:
@@ -84,10 +76,7 @@ class LeastSquares:
     def apply(self, plan: PrunePlan, module: fx.GraphModule) -> RepairReport:
         """Repair ``module``, the cut of ``plan``. Raises InternalError where they do not fit."""
         masks = self.traced.masks(plan)
-        targets: dict[str, Tensor] = {
-            **dict(module.named_buffers()),
-            **dict(module.named_parameters()),
-        }
+        targets = named_tensors(module)
         repaired: list[str] = []
         skipped: dict[str, str] = {}
         with torch.no_grad():
@@ -114,55 +103,16 @@ class LeastSquares:
         targets: Mapping[str, Tensor],
     ) -> str | None:
         """Write one weight and its mean part; returns what had to be left out."""
-        consumer, target = consumers[0], targets[weight]
+        consumer = consumers[0]
         layout = self.statistics.input_of(consumer.key).layout
-        variables = keep[layout.columns]
-        if (variables != variables[:, :1]).any():
-            raise InternalError(f"{consumer.key}: a channel lost some of its columns, not all")
-        solved = self._solve(weight, consumer, variables[:, 0])
-        blocks = self.statistics.blocks(consumer)
-        rows = _rows(masks, self.traced.param_classes.get((weight, consumer.out_dim)), consumer)
-        device = target.device
+        solved = self._solve(weight, consumer, kept_variables(consumer, layout, keep))
         coverage = self.statistics.consumers[consumer.key].coverage
-        new, shift = _rewrite(blocks, solved, torch.from_numpy(rows), coverage)
-        kernel = target.shape[2:] if consumer.kind == "conv" else torch.Size()
-        joined = join_weight(consumer, new, kernel, layout)
-        if joined.shape != target.shape:
-            raise InternalError(
-                f"{consumer.key}: the cut left {weight} as {tuple(target.shape)}, "
-                f"its plan says {tuple(joined.shape)}"
-            )
-        target.copy_(joined.to(device))
-        note = self._shift(consumers, shift, masks, targets)
+        note = self.writer.write(consumers, solved, layout, coverage, masks, targets)
         if solved.regression is None:
             note = "too many channels for a regression; only the mean part was repaired"
         return note
 
-    def _shift(
-        self,
-        consumers: Sequence[Consumer],
-        shift: Tensor,
-        masks: BoolArray,
-        targets: Mapping[str, Tensor],
-    ) -> str | None:
-        """Add ``shift`` [O'] to the outputs' means, where there is a place for it."""
-        norms = {c.norm for c in consumers}
-        if consumers[0].bias is not None:
-            name, sign = consumers[0].bias, 1.0
-        elif len(norms) == 1 and f"{next(iter(norms))}.running_mean" in targets:
-            name, sign = f"{next(iter(norms))}.running_mean", -1.0
-        else:
-            return "no bias and no batch normalisation behind it; the mean part was left out"
-        if self.writers[name] > 1:
-            return f"{name} belongs to several weights; the mean part was left out"
-        classes = self.traced.param_classes.get((name, 0))
-        base = self.original[name].double()
-        if classes is not None:
-            base = base[torch.from_numpy(masks[classes]).to(base.device)]
-        targets[name].copy_(base + sign * shift.to(base.device))
-        return None
-
-    def _solve(self, weight: str, consumer: Consumer, keep: BoolArray) -> _Solved:
+    def _solve(self, weight: str, consumer: Consumer, keep: BoolArray) -> Solved:
         known = self.solved.setdefault(weight, {})
         mark = np.packbits(keep).tobytes()
         found = known.get(mark)
@@ -175,6 +125,103 @@ class LeastSquares:
         return found
 
 
+def kept_variables(consumer: Consumer, layout: Layout, keep: BoolArray) -> BoolArray:
+    """Kept input channels [C] -> kept variables [V]. Raises InternalError where they are torn."""
+    variables: BoolArray = keep[layout.columns]
+    if (variables != variables[:, :1]).any():
+        raise InternalError(f"{consumer.key}: a channel lost some of its columns, not all")
+    return variables[:, 0]
+
+
+def named_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Parameters and buffers by every name that they have."""
+    return {
+        **dict(module.named_buffers(remove_duplicate=False)),
+        **dict(module.named_parameters(remove_duplicate=False)),
+    }
+
+
+class Writer:
+    """Writes repaired weights, and the mean part where there is a place for it.
+
+    Everything is computed from the original's tensors, so writing twice gives the same.
+    ``consumers``: those that share a weight, for every weight that may be written.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        original: Mapping[str, Tensor],
+        consumers: Iterable[Sequence[Consumer]],
+    ) -> None:
+        self.traced, self.original = traced, original
+        self.writers = Counter(
+            name for cs in consumers for name in {c.bias or f"{c.norm}.running_mean" for c in cs}
+        )
+        nodes = [n for n in traced.graph_module.graph.nodes if n.op == "call_module"]
+        for path, calls in Counter(str(n.target) for n in nodes).items():
+            if calls > 1:  # a normalisation that something else enters too
+                self.writers[f"{path}.running_mean"] += calls
+
+    def write(
+        self,
+        consumers: Sequence[Consumer],
+        solved: Solved,
+        layout: Layout,
+        coverage: Tensor,
+        masks: BoolArray,
+        targets: Mapping[str, Tensor],
+    ) -> str | None:
+        """Of one weight, shared by ``consumers``; returns what had to be left out."""
+        consumer = consumers[0]
+        target = targets[consumer.weight]
+        blocks = split_weight(consumer, self.original[consumer.weight], layout)
+        classes = self.traced.param_classes.get((consumer.weight, consumer.out_dim))
+        rows = torch.from_numpy(_rows(masks, classes, consumer))
+        new, shift = _rewrite(blocks, solved, rows, coverage)
+        kernel = target.shape[2:] if consumer.kind == "conv" else torch.Size()
+        joined = join_weight(consumer, new, kernel, layout)
+        if joined.shape != target.shape:
+            raise InternalError(
+                f"{consumer.key}: the cut left {consumer.weight} as {tuple(target.shape)}, "
+                f"its plan says {tuple(joined.shape)}"
+            )
+        target.copy_(joined.to(target.device))
+        place = self.place(consumers, targets)
+        if isinstance(place, str):
+            return f"{place}; the mean part was left out"
+        self._shift(*place, shift, masks, targets)
+        return None
+
+    def place(
+        self, consumers: Sequence[Consumer], targets: Mapping[str, Tensor]
+    ) -> tuple[str, float] | str:
+        """(tensor, sign) that takes a shift of the outputs' means, or why there is none."""
+        norms = {c.norm for c in consumers}
+        if consumers[0].bias is not None:
+            name, sign = consumers[0].bias, 1.0
+        elif len(norms) == 1 and f"{next(iter(norms))}.running_mean" in targets:
+            name, sign = f"{next(iter(norms))}.running_mean", -1.0
+        else:
+            return "no bias and no batch normalisation behind it"
+        return f"{name} belongs to several weights" if self.writers[name] > 1 else (name, sign)
+
+    def _shift(
+        self,
+        name: str,
+        sign: float,
+        shift: Tensor,
+        masks: BoolArray,
+        targets: Mapping[str, Tensor],
+    ) -> None:
+        """Add ``sign`` * ``shift`` [O'] to what the original has there."""
+        classes = self.traced.param_classes.get((name, 0))
+        base = self.original[name].double()
+        if classes is not None:
+            base = base[torch.from_numpy(masks[classes]).to(base.device)]
+        targets[name].copy_(base + sign * shift.to(base.device))
+
+
 def _repairable(
     traced: Traced, statistics: Statistics, original: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[Consumer, str]], dict[str, list[Consumer]]]:
@@ -183,7 +230,7 @@ def _repairable(
     for c in traced.consumers:
         if c.groups == 1 or c.groups < len(c.classes):
             by_weight.setdefault(c.weight, []).append(c)
-    calls = _calls(traced.graph_module)
+    calls = parameter_calls(traced.graph_module)
     never: dict[str, tuple[Consumer, str]] = {}
     for weight, consumers in list(by_weight.items()):
         reason = None
@@ -202,7 +249,7 @@ def _repairable(
     return never, by_weight
 
 
-def _calls(module: fx.GraphModule) -> dict[int, int]:
+def parameter_calls(module: fx.GraphModule) -> dict[int, int]:
     """Storage of a parameter -> graph nodes that read it, directly or through their module."""
     counts: dict[int, int] = {}
     for node in module.graph.nodes:
@@ -247,7 +294,7 @@ def _average(statistics: Statistics, consumers: Sequence[Consumer]) -> Moments:
     return Moments(total, mean, cov)
 
 
-def solve(moments: Moments, keep: BoolArray, ridge: float = RIDGE) -> _Solved:
+def solve(moments: Moments, keep: BoolArray, ridge: float = RIDGE) -> Solved:
     """Regress removed on kept variables, in each convolution group. ``keep`` [g, v].
 
     A convolution group that keeps nothing is gone; the others keep equally many. Raises
@@ -262,7 +309,7 @@ def solve(moments: Moments, keep: BoolArray, ridge: float = RIDGE) -> _Solved:
     mean = torch.from_numpy(moments.mean).reshape(keep.shape)[alive]
     offset = mean.gather(1, removed)
     if moments.cov.ndim == 1:
-        return _Solved(torch.from_numpy(alive), kept, removed, None, offset)
+        return Solved(torch.from_numpy(alive), kept, removed, None, offset)
     cov = torch.from_numpy(moments.cov)[alive]
     taken = cov.gather(1, kept[:, :, None].expand(-1, -1, cov.shape[2]))
     inside = taken.gather(2, kept[:, None, :].expand(-1, kept.shape[1], -1))
@@ -276,7 +323,7 @@ def solve(moments: Moments, keep: BoolArray, ridge: float = RIDGE) -> _Solved:
         regression = torch.cholesky_solve(across, factor)
     regression = regression.transpose(1, 2)
     offset = offset - (regression @ mean.gather(1, kept)[:, :, None])[:, :, 0]
-    return _Solved(torch.from_numpy(alive), kept, removed, regression, offset)
+    return Solved(torch.from_numpy(alive), kept, removed, regression, offset)
 
 
 def _rows(masks: BoolArray, classes: Any, consumer: Consumer) -> BoolArray:
@@ -290,7 +337,7 @@ def _rows(masks: BoolArray, classes: Any, consumer: Consumer) -> BoolArray:
 
 
 def _rewrite(
-    blocks: Tensor, solved: _Solved, rows: Tensor, coverage: Tensor
+    blocks: Tensor, solved: Solved, rows: Tensor, coverage: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The new weights [g', o, k, T] and the shift of the outputs' means [g' * o], float64.
 

@@ -18,9 +18,9 @@ ORDER = [
     # the ground
     *("errors", "isolate", "types", "products", "attention"),
     # the engine
-    *("trace", "coupling", "cost", "traced", "sizes", "rewrite", "cut"),
+    *("tracing", "coupling", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it
-    *("moments", "observe", "criteria", "renorm", "repair", "fitness", "allocate"),
+    *("moments", "observe", "criteria", "renorm", "repair", "sequential", "fitness", "allocate"),
     *("export", "checkpoint", "report"),
     # what the outside gives, and the one place that knows all of them
     *("data", "models", "pipeline", "demo", "cli", "__main__"),

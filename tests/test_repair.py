@@ -142,11 +142,12 @@ def test_a_constant_channel_moves_into_the_running_mean() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4))
 
-    model, traced = make(build, 2, 5)
+    model, _ = make(build, 2, 5)
     with torch.no_grad():
         model[0].weight[3] = 0
         model[0].bias[3] = 7.0
         model[2].running_mean.copy_(data(4))
+    traced = trace(model, torch.zeros(2, 5, dtype=torch.float64))
     mean = model[2].running_mean.clone()
     plan = without(group_of(traced, "0.weight"), 3)
     assert repaired_error(model, traced, plan, data(40, 5)) < 1e-9
@@ -301,10 +302,11 @@ def norm_inputs(module: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]
 
 
 def test_norms_move_by_what_the_cut_changed() -> None:
-    model, traced = make(normed, 1, 2, 8, 8)
+    model, _ = make(normed, 1, 2, 8, 8)
     with torch.no_grad():
         model[1].running_mean.copy_(data(8, seed=2))
         model[4].running_var.copy_(data(6, seed=3).abs() + 0.5)
+    traced = trace(model, torch.zeros(1, 2, 8, 8, dtype=torch.float64))
     before = copy.deepcopy(model.state_dict())
     x = data(30, 2, 8, 8)
     group = group_of(traced, "0.weight")
