@@ -1,13 +1,37 @@
 """Structured pruning of PyTorch models: trace, group, rank, search, cut, repair, export."""
 
-from fxprune.errors import FxpruneError
-from fxprune.export import ExportReport, export_onnx
-from fxprune.pipeline import PruneResult, apply, load, prune
-from fxprune.traced import Traced, trace
-from fxprune.types import Budget, ChannelGroup, Cost, PrunePlan
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxprune.errors import FxpruneError
+    from fxprune.export import ExportReport, export_onnx
+    from fxprune.pipeline import PruneResult, apply, load, prune
+    from fxprune.traced import Traced, trace
+    from fxprune.types import Budget, ChannelGroup, Cost, PrunePlan
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget", "ChannelGroup", "Cost", "ExportReport", "FxpruneError", "PrunePlan", "PruneResult",
     "Traced", "__version__", "apply", "export_onnx", "load", "prune", "trace",
 ]  # fmt: skip
+
+_HOMES = {
+    "errors": ("FxpruneError",),
+    "export": ("ExportReport", "export_onnx"),
+    "pipeline": ("PruneResult", "apply", "load", "prune"),
+    "traced": ("Traced", "trace"),
+    "types": ("Budget", "ChannelGroup", "Cost", "PrunePlan"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for: the command line starts without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+    value = getattr(import_module(f"fxprune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

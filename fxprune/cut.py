@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes, kept_runs
-from fxprune.trace import LEAVES
+from fxprune.tracing import LEAVES
 from fxprune.traced import Traced
 from fxprune.types import BoolArray, PrunePlan
 

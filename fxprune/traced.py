@@ -15,7 +15,7 @@ from torch import fx, nn
 from fxprune.cost import CostModel
 from fxprune.coupling.groups import Coupling, couple
 from fxprune.errors import PlanError, SpecError, unknown
-from fxprune.trace import Captured, capture
+from fxprune.tracing import Captured, capture
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
 
 

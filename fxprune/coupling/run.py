@@ -16,7 +16,7 @@ from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they 
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
 from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
-from fxprune.trace import LEAVES, Captured, buffers_kept
+from fxprune.tracing import LEAVES, Captured, buffers_kept
 from fxprune.types import IntArray
 
 
