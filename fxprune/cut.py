@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes, kept_runs
-from fxprune.tracing import LEAVES
 from fxprune.traced import Traced
+from fxprune.tracing import LEAVES
 from fxprune.types import BoolArray, PrunePlan
 
 
