@@ -107,7 +107,9 @@ def _prune(built: Built, row: Row, allocation: str, attention_below: float) -> P
         plan = traced.full_plan()
         return Pruned(traced, plan, cut(traced, plan), None)
     except Exception as e:  # noqa: BLE001 - the reason is written down; the engine is checked
-        row["prune_error"] = _reason(e)
+        row["prune_error"] = row.get("prune_error", "") + f"by {row['by']}: {_reason(e)}"
+        if row["by"] == "attention":  # by weights, which need no activations
+            return _prune(built, row, allocation, attention_below=-1.0)
         return _random(traced, row)
     row["cut_s"] = result.report["seconds"]["cut"]
     model = result.model if result.report["user_class"] else None

@@ -109,7 +109,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             lines.append(f"- {r['name']}: " + _clean("; ".join(w for w in why if w)))
         lines.append("")
     for title, field in (
-        ("`prune()` itself failed; a random plan was checked:", "prune_error"),
+        ("`prune()` failed (what was checked instead: column by):", "prune_error"),
         ("Half cannot be reached:", "note"),
         ("Kept whole:", "opaque"),
         ("One batch size only:", "batch_note"),
