@@ -158,7 +158,7 @@ def _attributes(
             value: Any = source
             for atom in str(node.target).split("."):
                 value = getattr(value, atom)
-            held[str(node.target)] = value
+            held[str(node.target)] = tensors.get(id(value), value)
     return held
 
 

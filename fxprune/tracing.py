@@ -96,6 +96,8 @@ class _Value(fx.Proxy):
             return False
         if name.startswith("__"):
             raise AttributeError(name)
+        if self.__dict__.get("attr") == "device":  # x.device.type is a string for Python alone
+            return getattr(self.value, name)
         return _Attribute(self, name)
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ def _over_kept(
 
 
 def _group_norm(
-    x: Tensor, groups: int, keep: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, groups: int, keep: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
     n, c = x.shape[:2]
     shape = [1, c] + [1] * (x.dim() - 2)
@@ -87,7 +87,8 @@ def _group_norm(
     mean = (z * m).sum(2, keepdim=True) / count
     var = ((z - mean) ** 2 * m).sum(2, keepdim=True) / count
     y = ((z - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
-    return y * weight.reshape(shape) + bias.reshape(shape)
+    y = y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
 
 
 def masked_original(traced: Traced, plan: PrunePlan) -> Any:

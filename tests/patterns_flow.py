@@ -448,3 +448,15 @@ class Detector(nn.Module):
         box, kind = both.split((32, 3), 1)
         box = box.view(x.shape[0], 4, 8, -1).transpose(2, 1).softmax(1)
         return torch.cat([self.dfl(box).view(x.shape[0], 4, -1), kind.sigmoid()], 1)
+
+
+@case("a.weight:0 b.weight:1")
+class AsksItsWeight(nn.Module):
+    """The weight of a module that is called is also read by name, for its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 8), conv(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).to(self.b.weight.dtype).relu())

@@ -10,7 +10,7 @@ union     two labels are one channel
 parent    (p, c): when p goes, c goes; when all children of p go, p goes. p is a whole row (an
           attention head, a convolution group) or a whole column of a block of children; where the
           op does not know which, the blocks tell
-meet      an array [O, P]: a coarse field along P met a fine one; positions along P stay aligned
+meet      an array [1 + O, P]: a coarse field [P] met a fine one [O, P]; positions stay aligned
 rect      an array [*R, D]: every row that stays keeps the same number of labels
 uniform   an array [*R, D]: positions along D are addressed by number, so rows may not choose freely
 lock      the label stays, for a reason
@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxprune.types import IntArray
+from fxprune.types import BoolArray, IntArray
 
 Fields = list[IntArray]
 EITHER, ROW, COLUMN = 0, 1, 2
@@ -45,6 +45,12 @@ def align(f: IntArray, ndim: int) -> IntArray:
 def rows_by(f: IntArray, dim: int) -> IntArray:
     """[R, D]: D positions along ``dim``, R all the rest."""
     return np.moveaxis(f, dim, -1).reshape(-1, f.shape[dim])
+
+
+def _positions(coarse: IntArray, fine: IntArray) -> IntArray:
+    """[O, P]: the fine field at each of the P positions along which the coarse one varies."""
+    along = sorted(varying(coarse))
+    return np.moveaxis(fine, along, range(-len(along), 0)).reshape(-1, coarse.size)
 
 
 def _block(f: IntArray, dim: int) -> IntArray:
@@ -87,6 +93,7 @@ class Facts:
     unions: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     parents: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)  # of the parents: ROW, COLUMN or EITHER
+    probes: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     meets: list[IntArray] = field(default_factory=list)
     rects: list[IntArray] = field(default_factory=list)
     uniforms: list[IntArray] = field(default_factory=list)
@@ -102,6 +109,7 @@ class Labels:
         self.facts = Facts()
         self.fields: Any = WeakTensorKeyDictionary()
         self.strided: Any = WeakTensorKeyDictionary()  # slices with steps along labelled dims
+        self.locked: BoolArray = np.zeros(0, dtype=np.bool_)  # [labels] locked by name
         self.where = ""
         self.opaque = False  # inside a module that was not traced through
         self.expands = False  # inside a call whose expanded extents follow what they meet
@@ -123,13 +131,17 @@ class Labels:
         """p broadcasts to c; each label of p owns those of c at its positions."""
         self.facts.parents.append((np.broadcast_to(p, c.shape).ravel(), c.ravel()))
         self.facts.kinds.append(kind)
+        if kind == EITHER:
+            labels, first = np.unique(p, return_index=True)
+            at_one = _positions(p, c)[:, first]  # children at one position of each parent
+            self.facts.probes.append(
+                (np.broadcast_to(labels, at_one.shape).ravel(), at_one.ravel())
+            )
 
     def meet(self, coarse: IntArray, fine: IntArray) -> None:
         """A coarse field meets a fine one: its labels are parents, positions stay aligned."""
         self.parent(coarse, fine)
-        along = sorted(varying(coarse))
-        moved = np.moveaxis(fine, along, range(-len(along), 0))
-        self.facts.meets.append(moved.reshape(-1, coarse.size))
+        self.facts.meets.append(np.concatenate([coarse.reshape(1, -1), _positions(coarse, fine)]))
 
     def rect(self, f: IntArray, dim: int) -> None:
         """Every row of ``f`` along ``dim`` keeps equally many labels."""
@@ -142,9 +154,13 @@ class Labels:
             self.facts.uniforms.append(_block(f, dim))
 
     def lock(self, f: IntArray, reason: str) -> None:
-        self.facts.locks.append(
-            (np.unique(f), f"{reason} at {self.where}" if self.where else reason)
-        )
+        """These labels stay."""
+        where = f"{reason} at {self.where}" if self.where else reason
+        self.facts.locks.append((np.unique(f), where))
+        if self.facts.count > len(self.locked):
+            more = np.zeros(2 * self.facts.count - len(self.locked), dtype=np.bool_)
+            self.locked = np.concatenate([self.locked, more])
+        self.locked[f] = True
 
     def lock_all(self, tensors: Iterable[Tensor], reason: str) -> None:
         for t in tensors:
@@ -158,10 +174,17 @@ class Labels:
         return [] if t is None else self.fields.get(t, [])
 
     def put(self, t: Tensor, fields: Fields) -> None:
-        """Give ``t`` its fields (those that do not vary are dropped)."""
-        kept = [f for f in fields if f.size > 1]
+        """Give ``t`` its fields; those that do not vary or are locked whole say no more."""
+        kept = [f for f in fields if f.size > 1 and not self._fixed(f)]
         if kept:
             self.fields[t] = kept
+
+    def _fixed(self, f: IntArray) -> bool:
+        first = int(f.flat[0])
+        return first < len(self.locked) and bool(self.locked[first]) and self._all_locked(f)
+
+    def _all_locked(self, f: IntArray) -> bool:
+        return int(f.max()) < len(self.locked) and bool(self.locked[f].all())
 
     def replace(self, t: Tensor, fields: Fields) -> None:
         """Give ``t`` other fields than it had."""

@@ -56,6 +56,7 @@ class _Solver:
         self.unions = list(facts.unions)
         self.parents = list(facts.parents)
         self.kinds = list(facts.kinds)
+        self.probes = facts.probes
         self.pinned_labels: list[IntArray] = []
         self.rect_labels = distinct(facts.rects)
         self.uniform_labels = distinct(facts.uniforms)
@@ -191,30 +192,31 @@ class _Solver:
         By the blocks: two or more of its children lie side by side in one row of a rect.
         """
         row = np.zeros(self.n, dtype=np.bool_)
-        row[self._side_by_side(p, c)] = True
+        row[self._side_by_side()] = True
         row[self.known[COLUMN]] = False
         row[self.known[ROW]] = True
         return row
 
-    def _side_by_side(self, p: IntArray, c: IntArray) -> IntArray:
-        rows: list[IntArray] = []
-        cols: list[IntArray] = []
-        at = 0
-        for r in self.rects:
-            flat = r.reshape(-1, r.shape[-1])
-            rows.append(np.repeat(np.arange(at, at + len(flat)), flat.shape[1]))
-            cols.append(flat.ravel())
-            at += len(flat)
-        if not rows:
-            return np.unique(p)
-        i, j = np.concatenate(rows), np.concatenate(cols)
-        inside = sparse.csr_matrix((np.ones(len(i), dtype=np.int64), (i, j)), shape=(at, self.n))
-        inside.data[:] = 1
-        children = sparse.csr_matrix(
-            (np.ones(len(p), dtype=np.int64), (c, p)), shape=(self.n, self.n)
+    def _side_by_side(self) -> IntArray:
+        """Classes of parents that hold two or more classes of one row of a rect at one position."""
+        if not (self.probes and self.rects):
+            return np.zeros(0, dtype=np.int64)
+        parents, which = np.unique(np.concatenate([q[0] for q in self.probes]), return_inverse=True)
+        child = self.cls[np.concatenate([q[1] for q in self.probes])]
+        rows = [r.reshape(-1, r.shape[-1]) for r in self.rects]
+        ends = np.cumsum([len(r) for r in rows])
+        i = np.concatenate(
+            [
+                np.repeat(np.arange(e - len(r), e), r.shape[1])
+                for r, e in zip(rows, ends, strict=True)
+            ]
         )
+        j = np.concatenate([r.ravel() for r in rows])
+        inside = _incidence(i, j, (int(ends[-1]), self.n))
+        children = _incidence(child, which, (self.n, len(parents)))
         overlap = (inside @ children).tocoo()
-        return np.unique(overlap.col[overlap.data > 1]).astype(np.int64)
+        found: IntArray = self.cls[np.unique(parents[overlap.col[overlap.data > 1]])]
+        return found
 
     # -- blocks -------------------------------------------------------------------------------
 
@@ -333,6 +335,13 @@ class _Solver:
             self.unite(np.broadcast_to(block[:1], block.shape).ravel(), block.ravel())
 
 
+def _incidence(i: IntArray, j: IntArray, shape: tuple[int, int]) -> sparse.csr_matrix:
+    """Ones at (i, j)."""
+    made = sparse.csr_matrix((np.ones(len(i), dtype=np.int64), (i, j)), shape=shape)
+    made.data[:] = 1
+    return made
+
+
 def distinct(arrays: list[IntArray]) -> list[IntArray]:
     """Without exact repetitions, in order."""
     seen: dict[tuple[tuple[int, ...], bytes], IntArray] = {}
@@ -343,28 +352,33 @@ def distinct(arrays: list[IntArray]) -> list[IntArray]:
 
 def _without_repeats(rows: IntArray) -> IntArray | None:
     """Distinct rows, each class once; None when a row repeats its classes irregularly."""
-    _, first = np.unique(np.sort(rows, 1), axis=0, return_index=True)
-    rows = rows[np.sort(first)]
-    result = []
-    for line in rows:
-        _, start, counts = np.unique(line, return_index=True, return_counts=True)
-        if (counts != counts[0]).any() and len(rows) > 1:
-            return None
-        result.append(line[np.sort(start)])
-    if len({len(line) for line in result}) > 1:
+    order = np.argsort(rows, 1, kind="stable")
+    ordered = np.take_along_axis(rows, order, 1)
+    _, first = np.unique(ordered, axis=0, return_index=True)
+    first = np.sort(first)
+    rows, order, ordered = rows[first], order[first], ordered[first]
+    starts = np.ones(ordered.shape, dtype=np.bool_)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    distinct = starts.sum(1)
+    if (distinct == rows.shape[1]).all():
+        return rows
+    if (distinct != distinct[0]).any():
         return None
-    return np.stack(result)
+    run = rows.shape[1] // int(distinct[0])
+    regular = np.zeros(rows.shape[1], dtype=np.bool_)
+    regular[::run] = True
+    if rows.shape[1] % run or (len(rows) > 1 and (starts != regular).any()):
+        return None
+    at = np.sort(order[starts].reshape(len(rows), -1), 1)
+    return np.take_along_axis(rows, at, 1)
 
 
 def _addresses_within(units: IntArray, lines: IntArray, balanced: BoolArray) -> bool:
     """Whether a row of ``units`` holds two units of one balanced line."""
-    for u, line in zip(units, lines, strict=True):
-        mine = (line >= 0) & balanced[line]
-        if mine.any():
-            pairs = np.unique(np.stack([line[mine], u[mine]], 1), axis=0)
-            if len(pairs) > len(np.unique(pairs[:, 0])):
-                return True
-    return False
+    mine = (lines >= 0) & balanced[lines]
+    rows = np.broadcast_to(np.arange(len(units))[:, None], units.shape)
+    triples = np.unique(np.stack([rows[mine], lines[mine], units[mine]], 1), axis=0)
+    return len(triples) > len(np.unique(triples[:, :2], axis=0))
 
 
 def signatures(cls: IntArray, owner: IntArray, slots: tuple[IntArray, IntArray]) -> IntArray:

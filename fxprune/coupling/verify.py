@@ -97,9 +97,14 @@ def _same_rows(kept: BoolArray) -> bool:
 
 
 def _aligned(kept: BoolArray) -> bool:
-    """[O, P]: position i along P means the same for all of O: as columns, or as whole rows."""
-    counts = kept.sum(0)
-    return _same_rows(kept) or not (counts[counts > 0] != counts.max()).any()
+    """[1 + O, P]: a coarse and a fine field: position i along P means the same for all.
+
+    As columns (all rows keep the same ones) or as whole rows (columns that stay are alike).
+    """
+    fine = kept[1:]
+    counts = fine.sum(0)
+    alike = _same_rows(fine) or not (counts[counts > 0] != counts.max()).any()
+    return alike and np.array_equal(kept[0], counts > 0)
 
 
 def checked(
