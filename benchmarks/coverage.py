@@ -14,27 +14,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import coverage_table
 import zoo
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 SHOW = (
     "resnet18,resnet50,densenet121,mobilenet_v2,mobilenet_v3_large,efficientnet_b0,"
     "shufflenet_v2_x1_0,googlenet,inception_v3,squeezenet1_1,resnext50_32x4d,regnet_y_400mf,"
     "vgg11_bn,alexnet,convnext_tiny,vit_b_16,swin_t,swin_v2_t,maxvit_t,deeplabv3_resnet50,"
     "lraspp_mobilenet_v3_large"
 )
-MARK = "RESULT "
 Row = dict[str, Any]
 Key = tuple[str, str, str]
 
@@ -69,43 +70,36 @@ def commit() -> str:
 
 def run_one(library: str, name: str, options: argparse.Namespace) -> Row:
     """One model in a process of its own; a process that dies gives a row that says how."""
-    words = [sys.executable, __file__, "--one", name, "--library", library]
-    words += ["--memory", str(options.memory), "--allocation", options.allocation]
-    words += ["--attention-below", str(options.attention_below)]
-    words += ["--onnx"] if options.onnx else []
     row: Row = {"library": library, "name": name, "status": "stopped"}
     start = time.perf_counter()
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(library, name, options, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            timeout=options.time,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        row["reason"] = f"not done in {options.time:g} s"
-    else:
-        found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if found:
-            row |= json.loads(found[-1][len(MARK) :])
+        if receiver.poll(options.time):
+            row |= receiver.recv()
         else:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            row["reason"] = f"the process ended with code {done.returncode}: {last[:200]}"
+            row["reason"] = f"not done in {options.time:g} s"
+            process.kill()
+    except EOFError:
+        process.join()
+        row["reason"] = f"the process ended with code {process.exitcode}"
+    process.join()
     row |= {"seconds": time.perf_counter() - start, "commit": commit()}
     row["part"] = "onnx" if options.onnx else ""
     return row
 
 
-def child(library: str, name: str, options: argparse.Namespace) -> None:
-    """In the process of one model: set the limit, check it, print the row."""
+def child(library: str, name: str, options: argparse.Namespace, sender: Connection) -> None:
+    """In the process of one model: set the limit, check it, send the row."""
     import torch
+    from coverage_model import check
 
     limit = int(options.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
-    from coverage_model import check
-
     row = check(
         library,
         name,
@@ -114,7 +108,13 @@ def child(library: str, name: str, options: argparse.Namespace) -> None:
         attention_below=options.attention_below,
     )
     row["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(MARK + json.dumps(row, default=str), flush=True)
+    sender.send(json.loads(json.dumps(row, default=str)))
+
+
+def prepare() -> None:
+    """Processes are forked from a server that has imported the libraries already."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    multiprocessing.set_forkserver_preload(["__main__", "coverage_model", "torchvision", "timm"])
 
 
 def run_all(names: list[str], options: argparse.Namespace) -> None:
@@ -140,6 +140,7 @@ def run_all(names: list[str], options: argparse.Namespace) -> None:
                 file.write(json.dumps(row) + "\n")
             print(f"{next(count):4d} {coverage_table.short(row)}", flush=True)
 
+    prepare()
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(one, todo))
 
@@ -160,11 +161,7 @@ def main() -> None:
     p.add_argument("--again", default="", help="statuses to run once more, or all")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "coverage" / "results.jsonl")
     p.add_argument("--table", action="store_true", help="only write docs/coverage.md")
-    p.add_argument("--one", help=argparse.SUPPRESS)
     options = p.parse_args()
-    if options.one:
-        child(options.library, options.one, options)
-        return
     if not options.table:
         only = SHOW if options.show else options.only
         names = zoo.names(options.library, only, options.timm_modules)

@@ -31,6 +31,7 @@ from oracle import (  # noqa: E402
     relative_error,
 )
 from torch import Tensor, fx, nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 from zoo import Built, build  # noqa: E402
 
@@ -80,7 +81,7 @@ def check(
         if onnx:
             _export(built, pruned, row)
     except Exception as e:  # noqa: BLE001 - every failure is a row with its reason
-        row["reason"] = _reason(e)
+        row["reason"] = "; ".join(w for w in (row.get("reason"), _reason(e)) if w)
     return row
 
 
@@ -236,9 +237,12 @@ def _compare(built: Built, p: Pruned, row: Row) -> None:
         if row["error32"] <= FLOAT32:
             row["status"] = "right"
             return
+    row["reason"] = f"relative error {row['error32']:.1e}, and float64 could not be tried"
+    row["status"] = "wrong"
     row["error64"] = _in_float64(built, p, row["compared"] != "outputs")
     right = row["error64"] <= FLOAT64
     row["status"] = "right" if right else "wrong"
+    row.pop("reason")
     if not right:
         row["reason"] = f"relative error {row['error32']:.1e}, in float64 {row['error64']:.1e}"
     if row["error32"] == float("inf"):
@@ -261,16 +265,32 @@ def _errors(p: Pruned, inputs: tuple[Any, ...]) -> float:
     return max(relative_error(expected, _forward(m, inputs)) for m in modules)
 
 
+class _Doubles(TorchDispatchMode):
+    """Whatever asks for float32 (``x.float()``, ``dtype=torch.float32``) gets float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 def _in_float64(built: Built, p: Pruned, decisions: bool) -> float:
     """The same plan on the model in float64: rounding disappears, a wrong channel does not."""
     model = copy.deepcopy(built.model).double()
     inputs = _double(built.inputs)
-    traced = fxprune.trace(model, inputs)
-    graph = cut(traced, p.plan)
-    double = Pruned(traced, p.plan, graph, None)
-    if decisions:
-        return _error_with_decisions(double, inputs)
-    return oracle_error(traced, p.plan, graph, inputs)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubles():
+            traced = fxprune.trace(model, inputs)
+            graph = cut(traced, p.plan)
+            double = Pruned(traced, p.plan, graph, None)
+            if decisions:
+                return _error_with_decisions(double, inputs)
+            return oracle_error(traced, p.plan, graph, inputs)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _double(tree: Any) -> Any:

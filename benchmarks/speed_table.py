@@ -20,7 +20,8 @@ Seconds to trace, couple and cut a model in one thread. To repeat:
 AGAINST = """## Against Torch-Pruning
 
 Half the channels, the final layer ignored, one process for each model and tool, fresh copies of
-the model, medians of {runs} runs after one to warm up (none for Torch-Pruning on densenet201).
+the model, medians of {runs} runs after one to warm up (none for Torch-Pruning on densenet201). A
+number of runs in brackets: fewer, since they took over a minute.
 Machine: {device}; {threads} thread. Torch-Pruning {version}. The machine was shared with other
 work, so **CPU seconds of the process** are compared, with wall-clock seconds beside them. Inputs:
 1x3x128x128 (as in `benchmarks/zoo.py`). Ratio: Torch-Pruning's CPU seconds / fxprune's; above 1,
@@ -51,7 +52,8 @@ def line(name: str, row: Row) -> str:
 def _two(t: Row) -> str:
     if "reason" in t:
         return f"{t['reason']} | -"
-    return f"{t['cpu']:.2f} | {t['median']:.2f} ({t['spread']:.0%})"
+    fewer = f" [{t['runs']}]" if t["runs"] < 3 else ""
+    return f"{t['cpu']:.2f}{fewer} | {t['median']:.2f} ({t['spread']:.0%})"
 
 
 def write(root: Path) -> None:

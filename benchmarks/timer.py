@@ -54,10 +54,12 @@ def measure(
     prepare: Callable[[], Any] = lambda: None,
     runs: int = 3,
     warmup: int = 0,
+    enough: float = float("inf"),
 ) -> Timing:
     """Time ``call(prepare())``; what ``prepare`` does is not timed.
 
-    The number of threads is torch's at the time of the call.
+    No further run begins once the timed ones have taken ``enough`` wall-clock seconds; ``runs`` of
+    the result says how many there were. The number of threads is torch's at the time of the call.
     """
     wall: list[float] = []
     cpu: list[float] = []
@@ -69,7 +71,14 @@ def measure(
         if run >= warmup:
             wall.append(end - start)
             cpu.append(end_cpu - start_cpu)
+        if sum(wall) > enough:
+            break
     return Timing(
-        device_name(), torch.get_num_threads(), runs, statistics.median(wall), min(wall), max(wall),
-        statistics.median(cpu),
-    )  # fmt: skip
+        device=device_name(),
+        threads=torch.get_num_threads(),
+        runs=len(wall),
+        median=statistics.median(wall),
+        least=min(wall),
+        most=max(wall),
+        cpu=statistics.median(cpu),
+    )
