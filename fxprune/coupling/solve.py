@@ -100,7 +100,7 @@ class _Solver:
         if self.parents:
             p = np.concatenate([pair[0] for pair in self.parents])
             c = np.concatenate([pair[1] for pair in self.parents])
-            pairs = np.unique(np.stack([self.cls[p], self.cls[c]], 1), axis=0)
+            pairs = distinct_pairs(self.cls[p], self.cls[c], self.n)
             kinds = np.repeat(self.kinds, [len(pair[0]) for pair in self.parents])
             self.known = {k: np.unique(self.cls[p[kinds == k]]) for k in (ROW, COLUMN)}
             self.pairs = pairs[pairs[:, 0] != pairs[:, 1]]
@@ -333,6 +333,11 @@ class _Solver:
             self.unite(np.broadcast_to(lines[:1], lines.shape).ravel(), lines.ravel())
         if (parent >= 0).all() and len(np.unique(parent)) == len(parent):
             self.unite(np.broadcast_to(block[:1], block.shape).ravel(), block.ravel())
+
+
+def distinct_pairs(a: IntArray, b: IntArray, n: int) -> IntArray:
+    """[K, 2] the distinct pairs (a, b), ascending; both below ``n``."""
+    return np.stack(np.divmod(np.unique(a * n + b), n), 1)
 
 
 def _incidence(i: IntArray, j: IntArray, shape: tuple[int, int]) -> sparse.csr_matrix:

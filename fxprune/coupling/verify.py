@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fxprune.coupling.labels import Facts
-from fxprune.coupling.solve import distinct
+from fxprune.coupling.solve import distinct, distinct_pairs
 from fxprune.types import BoolArray, ChannelGroup, IntArray
 
 REASON = "its channels cannot go one by one and leave every tensor rectangular"
@@ -59,13 +59,17 @@ class Claims:
     @classmethod
     def of(cls, facts: Facts, classes: IntArray) -> Claims:
         """``classes`` [labels]."""
-        pairs = [np.stack([classes[p], classes[c]], 1) for p, c in facts.parents]
-        joined = np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64)
+        none = [np.zeros(0, dtype=np.int64)]
+        p, c = (
+            classes[np.concatenate([pair[i] for pair in facts.parents] or none)] for i in (0, 1)
+        )
         arrays = [
             tuple(distinct([classes[a] for a in which]))
             for which in (facts.rects, facts.uniforms, facts.meets)
         ]
-        return cls(arrays[0], arrays[1], arrays[2], np.unique(joined, axis=0))
+        return cls(
+            arrays[0], arrays[1], arrays[2], distinct_pairs(p, c, int(classes.max(initial=0)) + 1)
+        )
 
     def violated(self, mask: BoolArray) -> list[IntArray]:
         """The classes of every claim that does not hold under ``mask``."""
