@@ -224,7 +224,7 @@ def _compare(built: Built, p: Pruned, row: Row) -> None:
     row["compared"] = "outputs"
     try:
         row["error32"] = _errors(p, _inputs_for(p, built, row))
-    except AssertionError as e:
+    except (AssertionError, RuntimeError) as e:  # other shapes, or no detection at all
         row["first_reason"] = _reason(e)
         row["error32"] = float("inf")
     if row["error32"] <= FLOAT32:
@@ -341,15 +341,19 @@ def _floats(value: Any) -> bool:
 class _Decided(fx.Interpreter):
     """Runs the pruned graph with the integers and booleans that the masked original computed."""
 
-    def __init__(self, gm: fx.GraphModule, decided: dict[str, Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, decided: dict[str, Any], wanted: list[str]) -> None:
         super().__init__(gm)
         self.decided = decided
+        self.wanted = set(wanted)
+        self.values: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name not in self.decided:
-            return value
-        return _with_decisions(value, self.decided[n.name])
+        if n.name in self.decided:
+            value = _with_decisions(value, self.decided[n.name])
+        if n.name in self.wanted:
+            self.values[n.name] = value
+        return value
 
 
 def _with_decisions(own: Any, given: Any) -> Any:
@@ -362,19 +366,34 @@ def _with_decisions(own: Any, given: Any) -> Any:
 
 
 def _error_with_decisions(p: Pruned, inputs: tuple[Any, ...]) -> float:
-    """Relative error of the outputs when both networks take the same decisions."""
+    """Relative error when both networks take the same decisions.
+
+    Compared: the outputs, and what the decisions are made from (where no channel of it was cut).
+    Tensors that are empty or zero in the masked original say nothing and are left out.
+    """
     gm = copy.deepcopy(p.traced.graph_module)
     by_name = {n.name: n for n in gm.graph.nodes}
     names = _decisions(p.traced.graph_module, inputs)
+    before = list(dict.fromkeys(m.name for n in names for m in by_name[n].all_input_nodes))
     out = next(n for n in gm.graph.nodes if n.op == "output")
-    out.args = ((out.args[0], [by_name[n] for n in names]),)
+    out.args = ((out.args[0], [by_name[n] for n in names], [by_name[n] for n in before]),)
     gm.recompile()
     wider = replace(p.traced, captured=replace(p.traced.captured, graph_module=gm))
-    expected, decided = masked_original(wider, p.plan)(*inputs)
-    runner = _Decided(p.graph, dict(zip(names, decided, strict=True)))
+    expected, decided, basis = masked_original(wider, p.plan)(*inputs)
+    runner = _Decided(p.graph, dict(zip(names, decided, strict=True)), before)
     with torch.no_grad():
         actual = runner.run(*copy.deepcopy(inputs))
-    return relative_error(expected, actual)
+    pairs = [*zip(_told(expected), _told(actual), strict=True)]
+    for name, value in zip(before, basis, strict=True):
+        told = [*zip(_told(value), _told(runner.values.get(name)), strict=False)]
+        pairs += [(a, b) for a, b in told if a.shape == b.shape]
+    pairs = [(a, b) for a, b in pairs if a.numel() and float(a.abs().max()) > 1e-12]
+    return relative_error([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _told(tree: Any) -> list[Tensor]:
+    """The floating tensors in ``tree``."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 # --- small things ---------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def _torchvision(name: str) -> Built:
     side = int(getattr(model, "image_size", None) or max(SIDE, *least))
     kind = builder.__module__.split(".")[2]
     if kind == "detection":
-        _smaller_images(model)
+        _for_random_weights(model)
         one, two = ([_image(3, side, side)] for _ in range(2))
         return Built(model, (one,), (two,), f"[3x{side}x{side}]")
     if kind == "video":
@@ -92,11 +92,17 @@ def _timm(name: str) -> Built:
     return Built(model, (_normal(1, *shape),), (_normal(2, *shape),), _text(shape))
 
 
-def _smaller_images(model: nn.Module) -> None:
-    """A detector resizes its images itself, to 800 pixels and more: here to 2 * SIDE."""
+def _for_random_weights(model: nn.Module) -> None:
+    """A detector resizes its images itself, to 800 pixels and more: here to 2 * SIDE.
+
+    With random weights no score is high, so that every score counts as a detection.
+    """
     transform: Any = model.transform
     if transform.fixed_size is None:
         transform.min_size, transform.max_size = (2 * SIDE,), 2 * SIDE
+    for module in model.modules():
+        if hasattr(module, "score_thresh"):
+            module.score_thresh = 0.0
 
 
 def smallest() -> dict[str, tuple[str, int]]:
