@@ -178,8 +178,10 @@ def check_target(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir():
         raise OutputError(f"{target} cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{target} cannot be written: no permission in {parent}")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}-"))
+    except OSError as e:
+        raise OutputError(f"{target} cannot be written: {e.strerror or e} in {parent}") from e
     return target
 
 
