@@ -190,7 +190,10 @@ REPAIRS = ("none", "bn", "one-shot", "sequential")
 
 @dataclass(frozen=True)
 class Setting:
-    """One net on one data set, ready to be pruned; ``test`` (images, labels)."""
+    """One net on one data set, ready to be pruned.
+
+    ``test``: images and labels; ``recipes``: criteria, allocations and repairs to be tried.
+    """
 
     name: str
     net: nn.Module
@@ -200,24 +203,27 @@ class Setting:
     test: tuple[Tensor, Tensor]
     evaluations: int
     seed: int
+    recipes: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 Result = dict[str, Any]
 
 
-def plans(s: Setting, budget: float) -> Iterator[tuple[str, str, PrunePlan, LeastSquares, float]]:
+def plans(
+    s: Setting, budget: float, wanted: dict[tuple[str, str], list[str]]
+) -> Iterator[tuple[str, str, PrunePlan, LeastSquares, float]]:
     """(criterion, allocation, plan, one-shot repair, seconds for ranking and allocation).
 
     The search's fitness is the divergence after the one-shot repair, whatever repair comes last.
     """
-    for criterion in CRITERIA:
+    for criterion in dict.fromkeys(c for c, _ in wanted):
         chosen = criteria.get(criterion)
         start = time.perf_counter()
         statistics = observe(s.traced, s.seen, **criteria.observe_options(chosen))
         scores = chosen(s.traced, statistics, np.random.default_rng(s.seed))
         once = LeastSquares(s.traced, statistics)
         ranked = time.perf_counter() - start
-        for allocation in ALLOCATIONS:
+        for allocation in (a for c, a in wanted if c == criterion):
             start = time.perf_counter()
             fitness = KLFitness(s.traced, once, s.held_out)
             problem = AllocationProblem(
@@ -250,14 +256,14 @@ def own_results(
     s: Setting, budget: float, known: dict[str, Result]
 ) -> Iterator[tuple[str, Result]]:
     """(key, result) of every recipe of this library that is not known yet."""
-    wanted = {
-        (c, a): [r for r in REPAIRS if key(s, budget, c, a, r) not in known]
-        for c in CRITERIA
-        for a in ALLOCATIONS
+    some, allocations, repairs = s.recipes
+    every = {
+        (c, a): [r for r in repairs if key(s, budget, c, a, r) not in known]
+        for c in some
+        for a in allocations
     }
-    if not any(wanted.values()):
-        return
-    for criterion, allocation, plan, once, seconds in plans(s, budget):
+    wanted = {recipe: missing for recipe, missing in every.items() if missing}
+    for criterion, allocation, plan, once, seconds in plans(s, budget, wanted):
         share = s.traced.cost(plan).macs / s.traced.cost().macs
         for repair in wanted[criterion, allocation]:
             start = time.perf_counter()
@@ -358,7 +364,8 @@ def setting(name: str, o: argparse.Namespace) -> tuple[Setting, float]:
     held = max(1, len(batches) // 4)
     seen, held_out = batches[:-held], batches[-held:]
     traced = trace(net, x[:2])
-    s = Setting(name, net, traced, seen, held_out, test, o.evaluations, o.seed)
+    recipes = (tuple(o.criteria), tuple(o.allocations), tuple(o.repairs))
+    s = Setting(name, net, traced, seen, held_out, test, o.evaluations, o.seed, recipes)
     return s, accuracy(net, *test)
 
 
@@ -389,6 +396,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="digits instead of Fashion-MNIST")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3])
+    parser.add_argument("--criteria", nargs="+", choices=criteria.names(), default=CRITERIA)
+    parser.add_argument("--allocations", nargs="+", choices=allocate.names(), default=ALLOCATIONS)
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS)
     parser.add_argument("--epochs", type=int, help="of training; default 2, quick 24")
     parser.add_argument("--evaluations", type=int, help="of the search; default 60, quick 20")
     parser.add_argument("--calibration", type=int, default=512, help="training images, no labels")
