@@ -43,6 +43,7 @@ LEAVES: tuple[type[nn.Module], ...] = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._MaxPoolNd,
 )
+_FOLLOW_DATA = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms")
 _CREATORS = (
     "arange",
     "zeros",
@@ -160,8 +161,9 @@ class _Attribute(_Value):
 class ConcreteTracer(fx.Tracer):
     """Records a model while running it on ``inputs``; modules in ``opaque`` stay whole."""
 
-    def __init__(self, inputs: Sequence[Any], opaque: dict[str, str]) -> None:
+    def __init__(self, inputs: Sequence[Any], opaque: dict[str, str], strict: bool) -> None:
         super().__init__(autowrap_modules=(math,))
+        self.strict = strict
         self.inputs, self.opaque = tuple(inputs), opaque
         self.proxy_buffer_attributes = True
         self.running = False
@@ -227,9 +229,29 @@ class ConcreteTracer(fx.Tracer):
         node = made.node
         if "value" not in node.meta:
             node.meta["value"] = self._run(node)
+            self._check_extent(node)
         if isinstance(node.meta["value"], Tensor):
             made._node_value_type = Tensor
         return made
+
+    def _check_extent(self, node: fx.Node) -> None:
+        """Results whose extent depends on data: their module stays whole, if that is possible.
+
+        In the model's own forward there is no such module; then it is noted.
+        """
+        if not self._follows_data(node):
+            return
+        what = f"the extent of {node.name!r} depends on data"
+        if self.module_stack and self.strict:
+            raise TraceError(what)
+        self.opaque.setdefault("forward", f"{what}: control flow behind it is as for the examples")
+
+    def _follows_data(self, node: fx.Node) -> bool:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name == "getitem" and len(node.args) > 1:
+            index = self._value_of(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+            return isinstance(index, Tensor) and index.dtype == torch.bool
+        return name in _FOLLOW_DATA or (name == "where" and len(node.args) + len(node.kwargs) == 1)
 
     def _value_of(self, node: fx.Node) -> Any:
         if "value" not in node.meta:  # a tensor that became an attribute of the root
@@ -359,17 +381,24 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Buffers that a run replaces or writes to are put back."""
-    held = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
-    values = {id(t): t.clone() for _, own in held for t in own.values() if t is not None}
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Attributes and buffers that a run replaces, and buffers that it writes to, are put back.
+
+    What the tracer itself adds (tensors that are constants of the graph) stays.
+    """
+    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    values = {id(t): t.clone() for _, _, own in held for t in own.values() if t is not None}
     try:
         yield
     finally:
         with torch.no_grad():
-            for m, own in held:
-                m._buffers = own
-                for t in own.values():
+            for m, attributes, buffers in held:
+                made = {k: v for k, v in m.__dict__.items() if k.startswith("_tensor_constant")}
+                m.__dict__.clear()
+                m.__dict__.update(made | attributes)
+                m._buffers.clear()
+                m._buffers.update(buffers)
+                for t in buffers.values():
                     if t is not None:
                         t.copy_(values[id(t)])
 
@@ -389,7 +418,11 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     rng = torch.get_rng_state()
     try:
         with evaluating(base):
-            graph = _trace(base, inputs, opaque)
+            try:
+                graph = _trace(base, inputs, opaque, strict=True)
+            except ModelError:
+                opaque.clear()
+                graph = _trace(base, inputs, opaque, strict=False)
     finally:
         torch.set_rng_state(rng)
     for node in graph.nodes:
@@ -400,11 +433,13 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     return Captured(gm, base, inputs, opaque)
 
 
-def _trace(base: nn.Module, inputs: tuple[Any, ...], opaque: dict[str, str]) -> fx.Graph:
+def _trace(
+    base: nn.Module, inputs: tuple[Any, ...], opaque: dict[str, str], strict: bool
+) -> fx.Graph:
     while True:
-        tracer = ConcreteTracer(inputs, opaque)
+        tracer = ConcreteTracer(inputs, opaque, strict)
         try:
-            with buffers_kept(base):
+            with state_kept(base):
                 return tracer.trace(base)
         except Exception as error:
             _check_runs(base, inputs)

@@ -12,6 +12,7 @@ from patterns_flow import ControlFlowOnData
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.cut import cut
 from fxprune.errors import ModelError
 from fxprune.traced import trace
 
@@ -106,7 +107,7 @@ def test_tracing_leaves_the_model_alone(build: type[nn.Module]) -> None:
     kept = x.clone()
     before = state_of(model)
     traced = trace(model, x)
-    fxprune.cut.cut(traced, traced.full_plan())
+    cut(traced, traced.full_plan())
     traced.cost(traced.full_plan())
     assert_same(before, state_of(model))
     assert torch.equal(x, kept)
@@ -167,7 +168,7 @@ def test_names_are_the_users(build: type[nn.Module]) -> None:
     assert {n for n, _ in gm.named_buffers()} == {n for n, _ in model.named_buffers()}
     mine, theirs = dict(gm.named_parameters()), dict(model.named_parameters())
     assert all(mine[n] is theirs[n] for n in mine), "the traced graph has the model's own tensors"
-    pruned = fxprune.cut.cut(traced, traced.full_plan())
+    pruned = cut(traced, traced.full_plan())
     assert set(pruned.state_dict()) == set(model.state_dict())
     nodes = [n.name for n in pruned.graph.nodes]
     assert nodes == [n.name for n in gm.graph.nodes]
@@ -222,6 +223,6 @@ def test_dropout_is_off_in_the_graph_and_back_in_training() -> None:
     assert not any(m.training for m in gm.modules())
     with torch.no_grad():
         assert torch.equal(gm(images()), gm(images()))
-    pruned = fxprune.cut.cut(traced, traced.full_plan()).train()
+    pruned = cut(traced, traced.full_plan()).train()
     with torch.no_grad():
         assert not torch.equal(pruned(images()), pruned(images()))

@@ -16,7 +16,7 @@ from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they 
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
 from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
-from fxprune.tracing import LEAVES, Captured, buffers_kept
+from fxprune.tracing import LEAVES, Captured, state_kept
 from fxprune.types import IntArray
 
 
@@ -168,7 +168,7 @@ def label_run(captured: Captured) -> Run:
     inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
     rng = torch.get_rng_state()
     try:
-        with evaluating(gm), buffers_kept(gm):
+        with evaluating(gm), state_kept(gm):
             _LabelInterpreter(gm, mode, values).run(*inputs)
     finally:
         torch.set_rng_state(rng)
