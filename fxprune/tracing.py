@@ -386,11 +386,21 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 
     What the tracer itself adds (tensors that are constants of the graph) stays.
     """
+    internal = nn.Module().__dict__
     held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
     values = {id(t): t.clone() for _, _, own in held for t in own.values() if t is not None}
+    containers = [
+        (v, copy.copy(v))
+        for _, own, _ in held
+        for k, v in own.items()
+        if isinstance(v, (dict, list, set)) and k not in internal
+    ]
     try:
         yield
     finally:
+        for container, content in containers:  # caches that forward fills
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
         with torch.no_grad():
             for m, attributes, buffers in held:
                 made = {k: v for k, v in m.__dict__.items() if k.startswith("_tensor_constant")}
