@@ -18,7 +18,7 @@ Every model is pruned to half its MACs with default settings and compared with t
     python benchmarks/coverage.py --library torchvision                # second
     python benchmarks/coverage.py --library timm --timm-modules        # third
 
-With `--attention-below 0.6` the second and third are quicker: above so many GMACs weights rank.
+The second and third were mostly run with `--attention-below 0`: weights rank, which is quicker.
 
 One process and one thread for each model. Weights are random, with norm parameters, biases and
 layer scales away from 0 and 1 (`oracle.randomise`), so that a wrong channel shows. Analysis runs at
