@@ -203,7 +203,7 @@ def _forward(
         _meet_flat(labels, x, None, _FIXED)
         _meet_flat(labels, None, w1, _FIXED)
     elif w1 is not None:
-        labels.parent(w1, x.reshape(groups, -1), COLUMN)
+        labels.parent(w1[None], x.reshape(groups, -1), COLUMN)
     if w0 is None:
         if rows is not None:
             labels.lock(rows, _FIXED)
@@ -251,7 +251,7 @@ def _transposed(
         labels.union(rows, made)
     elif w1 is not None:
         labels.parent(rows, made, ROW)
-        labels.parent(w1, made, COLUMN)
+        labels.parent(w1[None], made, COLUMN)
     else:
         labels.lock(made, _FIXED)
     return made.ravel()

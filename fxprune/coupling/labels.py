@@ -131,17 +131,14 @@ class Labels:
         """p broadcasts to c; each label of p owns those of c at its positions."""
         self.facts.parents.append((np.broadcast_to(p, c.shape).ravel(), c.ravel()))
         self.facts.kinds.append(kind)
+        at = _positions(p, c)
+        self.facts.meets.append(np.concatenate([p.reshape(1, -1), at]))
         if kind == EITHER:
             labels, first = np.unique(p, return_index=True)
-            at_one = _positions(p, c)[:, first]  # children at one position of each parent
+            at_one = at[:, first]  # children at one position of each parent
             self.facts.probes.append(
                 (np.broadcast_to(labels, at_one.shape).ravel(), at_one.ravel())
             )
-
-    def meet(self, coarse: IntArray, fine: IntArray) -> None:
-        """A coarse field meets a fine one: its labels are parents, positions stay aligned."""
-        self.parent(coarse, fine)
-        self.facts.meets.append(np.concatenate([coarse.reshape(1, -1), _positions(coarse, fine)]))
 
     def rect(self, f: IntArray, dim: int) -> None:
         """Every row of ``f`` along ``dim`` keeps equally many labels."""
@@ -226,9 +223,9 @@ class Labels:
         if va == vb:
             self.union(a, b)
         elif va < vb:
-            self.meet(a, b)
+            self.parent(a, b)
         elif vb < va:
-            self.meet(b, a)
+            self.parent(b, a)
         else:
             self.union(self.merge(a, va - vb), self.merge(b, vb - va))
 

@@ -103,14 +103,17 @@ class _Solver:
             pairs = distinct_pairs(self.cls[p], self.cls[c], self.n)
             kinds = np.repeat(self.kinds, [len(pair[0]) for pair in self.parents])
             self.known = {k: np.unique(self.cls[p[kinds == k]]) for k in (ROW, COLUMN)}
+            self.columns = self.cls[p[kinds == COLUMN]] * self.n + self.cls[c[kinds == COLUMN]]
             self.pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         else:
             self.pairs = np.zeros((0, 2), dtype=np.int64)
             self.known = {k: np.zeros(0, dtype=np.int64) for k in (ROW, COLUMN)}
+            self.columns = np.zeros(0, dtype=np.int64)
         self.pinned = np.zeros(self.n, dtype=np.bool_)
         if self.pinned_labels:
             self.pinned[self.cls[np.concatenate(self.pinned_labels)]] = True
-            self.pairs = self.pairs[~self.pinned[self.pairs[:, 0]]]
+            column = np.isin(self.pairs[:, 0] * self.n + self.pairs[:, 1], self.columns)
+            self.pairs = self.pairs[~self.pinned[self.pairs[:, 0]] | column]
 
     def cls_first(self) -> IntArray:
         """[classes] the first label of each class."""
@@ -130,6 +133,8 @@ class _Solver:
         p, c = self.pairs.T
         if not len(p):
             return
+        both = np.isin(p, np.intersect1d(self.known[ROW], self.known[COLUMN]))
+        self.unite(p[both], c[both])
         deep = np.isin(c, p)
         self.unite(p[deep], c[deep])
         size = np.bincount(p, minlength=self.n)
