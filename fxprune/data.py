@@ -86,6 +86,12 @@ def calibration_batches(
     if limit < 1 or batch_size < 1:
         raise SpecError(f"at least one calibration sample is needed, got {limit}")
     if data is None:
+        odd = [_describe(x) for x in examples if not isinstance(x, Tensor)]
+        if odd:
+            raise DataError(
+                f"random calibration inputs can only be made like tensors; the example inputs hold "
+                f"{', '.join(odd[:3])}: give data=, or use trace() and a plan of your own"
+            )
         return Calibration(_random(examples, limit, batch_size, seed), limit, random=True)
     if isinstance(data, (Tensor, np.ndarray)):
         data = [data]

@@ -262,3 +262,8 @@ def test_specs() -> None:
         next(iter(load_data("digits", torch.zeros(1, 7)) or ()))
     with pytest.raises(SpecError, match="at least one calibration sample"):
         calibration_batches(None, EXAMPLE, limit=0)
+
+
+def test_random_inputs_need_tensors() -> None:
+    with pytest.raises(DataError, match="list.*give data="):
+        calibration_batches(None, ([torch.zeros(3, 8, 8)],), limit=2)
