@@ -265,5 +265,5 @@ def test_specs() -> None:
 
 
 def test_random_inputs_need_tensors() -> None:
-    with pytest.raises(DataError, match="list.*give data="):
+    with pytest.raises(DataError, match=r"list.*give data="):
         calibration_batches(None, ([torch.zeros(3, 8, 8)],), limit=2)
