@@ -150,7 +150,8 @@ def _taken(labels: Labels, fields: Fields, dim: int, index: slice) -> Fields:
         if f.shape[dim] > 1:
             if labels.opaque:
                 labels.lock(f, "indexed inside an opaque module")
-            if len(range(*index.indices(f.shape[dim]))) == 1:
+            stepped = index.step not in (None, 1) and len(varying(f)) > 1
+            if stepped or len(range(*index.indices(f.shape[dim]))) == 1:
                 g = labels.mix(f, [dim], "indexed by number")
             else:
                 labels.uniform(f, dim)
@@ -232,6 +233,8 @@ def joined(labels: Labels, parts: Sequence[Tensor], fields: list[Fields], dim: i
         full.append(np.broadcast_to(p, target))
     result = np.concatenate(full, axis=dim)
     labels.uniform(result, dim)
+    for d in varying(result) - {dim}:  # the parts keep equal extents along all other dims
+        labels.rect(result, d)
     return [result]
 
 
