@@ -31,6 +31,7 @@ from fxprune.types import Budget, Cost, PrunePlan
 
 REPAIRS = ("lstsq", "bn")
 HELD_OUT = 0.25  # of the calibration samples: for the fitness alone
+RANDOM_SAMPLES = 64  # where there is no data: more random inputs tell no more
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,10 @@ def prune(
     with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
-        calibration = calibration_batches(
-            data, traced.example_inputs, limit=calibration_samples, seed=seed
+        limit = (
+            calibration_samples if data is not None else min(calibration_samples, RANDOM_SAMPLES)
         )
+        calibration = calibration_batches(data, traced.example_inputs, limit=limit, seed=seed)
         if calibration.random:
             warnings.warn(
                 "no calibration data: random inputs are used; give data= for a ranking and a "

@@ -1,0 +1,146 @@
+"""prune(), apply() and load() as a user calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import oracle_error, randomise
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.checkpoint import save
+from fxprune.errors import BudgetError, DataError, ModelError, SpecError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
+        self.one = nn.Conv2d(32, 32, 3, padding=1)
+        self.two = nn.Conv2d(32, 32, 3, padding=1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        y = (y + self.two(self.one(y).relu())).relu()
+        return self.head(y.mean((2, 3)))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(Net()).train()
+
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+def data(n: int = 4) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 3, 8, 8, generator=g) for _ in range(n)]
+
+
+def prune(model: nn.Module, **options: object) -> fxprune.PruneResult:
+    given = {"data": data(), "progress": False, "max_evaluations": 8, "round_to": 1} | options
+    return fxprune.prune(model, X, **({"budget": 0.5} | given))  # type: ignore[arg-type]
+
+
+def test_the_model_and_the_process_are_left_alone() -> None:
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rng, threads = torch.get_rng_state(), torch.get_num_threads()
+    legacy = np.random.get_state()[1].copy()  # noqa: NPY002 - user code may use it
+    result = prune(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and result.model.training
+    assert torch.equal(rng, torch.get_rng_state()) and threads == torch.get_num_threads()
+    assert np.array_equal(legacy, np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("allocation", ["local", "uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("criterion", ["attention", "reconstruction", "l1", "l2", "random"])
+def test_cut_alone_equals_the_masked_original(allocation: str, criterion: str) -> None:
+    result = prune(net(), allocation=allocation, criterion=criterion, repair=None)
+    inputs = (data(1)[0],)
+    module = result.graph_module.eval()
+    assert oracle_error(result.analysis, result.plan, module, inputs) <= 1e-5
+    assert type(result.model) is Net
+    torch.testing.assert_close(result.model.eval()(*inputs), module(*inputs))
+    assert 0.4 * result.before.macs < result.after.macs <= 0.5 * result.before.macs
+    assert result.after.params == sum(p.numel() for p in result.model.parameters())
+
+
+def test_repair_comes_nearer_to_the_original() -> None:
+    model, x = net().eval(), data(6)[-1]
+
+    def distance(repair: str | None) -> float:
+        small = prune(model, allocation="uniform", criterion="l1", repair=repair).model.eval()
+        return float((small(x) - model(x)).square().mean())
+
+    with torch.no_grad():
+        assert distance("lstsq") < 0.5 * distance(None)
+
+
+def test_one_seed_one_plan() -> None:
+    first, second = prune(net(), seed=3), prune(net(), seed=3)
+    assert first.plan.kept == second.plan.kept
+    state = second.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in first.model.state_dict().items())
+
+
+def test_saved_and_loaded_by_the_class(tmp_path: Path) -> None:
+    result = prune(net())
+    save(tmp_path / "run", result.graph_module, result.plan)
+    again = fxprune.load(tmp_path / "run", net(), X)
+    x = data(1)[0]
+    torch.testing.assert_close(again.eval()(x), result.model.eval()(x))
+
+
+def test_excluded_layers_keep_their_width_and_evaluate_guides() -> None:
+    seen: list[float] = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(float(sum(p.numel() for p in model.parameters())))
+        return seen[-1]
+
+    result = prune(net(), exclude=["one.bias"], evaluate=evaluate, repair="bn")
+    assert result.model.one.out_channels == 32 and result.model.stem[0].out_channels < 32
+    assert seen
+
+
+def test_random_inputs_are_said() -> None:
+    with pytest.warns(UserWarning, match="no calibration data"):
+        result = prune(net(), data=None, allocation="uniform")
+    assert "random" in result.report["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"budget": 0}, BudgetError, "budget"),
+        ({"budget": 1.5}, BudgetError, "budget"),
+        ({"budget": 1e-6}, BudgetError, "cannot be reached"),
+        ({"criterion": "l11"}, SpecError, "did you mean"),
+        ({"allocation": "locale"}, SpecError, "did you mean 'local'"),
+        ({"repair": "lsq"}, SpecError, "repair"),
+        ({"exclude": ["nothing.here"]}, SpecError, "exclude"),
+        ({"data": []}, DataError, "no samples"),
+        ({"data": [torch.full((2, 3, 8, 8), torch.nan)]}, DataError, "NaN"),
+        ({"data": [torch.zeros(2, 4, 8, 8)]}, DataError, "shape"),
+    ],
+)
+def test_bad_input_is_named(options: dict[str, object], error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        prune(net(), **options)
+
+
+def test_bad_models_are_named() -> None:
+    broken = net()
+    with torch.no_grad():
+        broken.one.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"one\.weight"):
+        prune(broken)
+    with pytest.raises(ModelError, match="raises on the example inputs"):
+        fxprune.prune(net(), torch.zeros(1, 4, 8, 8), 0.5, data())
