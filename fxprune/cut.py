@@ -184,25 +184,39 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own = module.__dict__
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
-    return model if _same(model, pruned, traced.example_inputs) else None
+    same = all(_same(model, pruned, x) for x in _batches(pruned, traced.example_inputs))
+    return model if same else None
+
+
+def _batches(graph: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The example inputs, and one sample more where the graph takes that.
+
+    A class with fixed sizes may happen to run at one batch size and fail at the next.
+    """
+    more = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
+    return [inputs, more] if _outputs(graph, more) is not None else [inputs]
 
 
 def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    rng = torch.get_rng_state()
-    try:
-        with torch.no_grad():
-            x, y = (
-                [t for t in _leaves(m(*copy.deepcopy(inputs))) if isinstance(t, Tensor)]
-                for m in (a, b)
-            )
-    except Exception:  # noqa: BLE001 - any failure means: this class cannot run at these widths
+    x, y = _outputs(a, inputs), _outputs(b, inputs)
+    if x is None or y is None or len(x) != len(y):
         return False
-    finally:
-        torch.set_rng_state(rng)
-    return len(x) == len(y) and all(
+    return all(
         p.shape == q.shape and torch.allclose(p, q, rtol=1e-4, atol=1e-5, equal_nan=True)
         for p, q in zip(x, y, strict=True)
     )
+
+
+def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """All tensors that a module gives; None where it does not run."""
+    rng = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            return [t for t in _leaves(module(*copy.deepcopy(inputs))) if isinstance(t, Tensor)]
+    except Exception:  # noqa: BLE001 - any failure means: it cannot run like this
+        return None
+    finally:
+        torch.set_rng_state(rng)
 
 
 def _leaves(value: Any) -> list[Any]:
