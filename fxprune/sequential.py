@@ -133,8 +133,8 @@ def live_bytes(module: fx.GraphModule, inputs: tuple[Any, ...]) -> int:
     return -(-most // samples_of(inputs))
 
 
-class _Cannot(Exception):
-    """Why a consumer cannot be treated; never leaves this file."""
+class Cannot(Exception):
+    """Why a consumer cannot be treated; never reaches a caller."""
 
 
 class _Walk:
@@ -172,24 +172,24 @@ class _Walk:
             self.original.reach(consumer.node)
             self.pruned.reach(consumer.node)
             self._treat(consumer)
-        except _Cannot as reason:
+        except Cannot as reason:
             self.skipped[consumer.key] = str(reason)
 
     def _check(self, consumer: Consumer) -> None:
-        """Raises _Cannot for what is known before anything is measured."""
+        """Raises Cannot for what is known before anything is measured."""
         weight = self.weights[consumer.weight]
         calls = self.calls.get(storage_key(weight), 0)
         if len(self.sharing[consumer.weight]) > 1 or calls > 1:
-            raise _Cannot("its parameter is used more than once")
+            raise Cannot("its parameter is used more than once")
         if consumer.kind == "linear" and weight.ndim != 2:
-            raise _Cannot("its parameter is not a matrix")
+            raise Cannot("its parameter is not a matrix")
         if Layout.of(consumer).variables // consumer.groups > MAX_VARIABLES:
-            raise _Cannot(f"more than {MAX_VARIABLES} channels")
+            raise Cannot(f"more than {MAX_VARIABLES} channels")
 
     def _treat(self, consumer: Consumer) -> None:
         layout = Layout.of(consumer)
         keep = kept_variables(consumer, layout, self.masks[consumer.classes])
-        pair = _Pair(keep.reshape(consumer.groups, -1))
+        pair = Pair(keep.reshape(consumer.groups, -1))
         coverage = self._measure(consumer, layout, pair)
         if pair.unchanged:
             return
@@ -200,7 +200,7 @@ class _Walk:
         if isinstance(place, str):
             self.skipped[consumer.key] = f"{place}; fitted without a mean part"
 
-    def _measure(self, consumer: Consumer, layout: Layout, pair: _Pair) -> Tensor:
+    def _measure(self, consumer: Consumer, layout: Layout, pair: Pair) -> Tensor:
         """Gather both models' inputs to ``consumer``; how often its taps meet them, [T]."""
         smaller = replace(layout, variables=int(pair.keep.sum()))
         coverage = None
@@ -208,9 +208,9 @@ class _Walk:
             full, out = self.original.product(consumer, i)
             cut, _ = self.pruned.product(consumer, i)
             if full.w.numel() != self.weights[consumer.weight].numel():
-                raise _Cannot("it uses a part of its parameter")
+                raise Cannot("it uses a part of its parameter")
             if _rows(full) != _rows(cut) or cut.x.shape[1] != smaller.variables * layout.taps:
-                raise _Cannot("the rows of its input are not the same in both models")
+                raise Cannot("the rows of its input are not the same in both models")
             x, _ = input_rows(consumer.kind, layout, full.x, samples)
             y, _ = input_rows(consumer.kind, smaller, cut.x, samples)
             pair.add(x.flatten(0, 1), y.flatten(0, 1))
@@ -233,9 +233,9 @@ class _Side:
         self.at = 0
 
     def reach(self, name: str) -> None:
-        """All inputs pass the nodes before the one of that name. Raises _Cannot without one."""
+        """All inputs pass the nodes before the one of that name. Raises Cannot without one."""
         if name not in {n.name for n in self.nodes[self.at :]}:
-            raise _Cannot("its node is not in both graphs at the same place")
+            raise Cannot("its node is not in both graphs at the same place")
         while self.nodes[self.at].name != name:
             for i in range(len(self.run.envs)):
                 self.run.step(self.nodes[self.at], i)
@@ -254,11 +254,11 @@ class _Side:
         with mode:
             self.run.attempt(self.nodes[self.at], i)
         if len(found) != 1 or found[0][0].kind != consumer.kind:
-            raise _Cannot("it is not the same product in both models")
+            raise Cannot("it is not the same product in both models")
         return found[0]
 
 
-class _Pair:
+class Pair:
     """Moments of the kept inputs X' and of what they leave of the original's, X - E X'; float64.
 
     ``keep`` [groups, v]: the original's variables that are kept. A convolution group that keeps
@@ -271,7 +271,7 @@ class _Pair:
         self.alive = torch.from_numpy(np.flatnonzero(count))
         widths = set(count[count > 0].tolist())
         if len(widths) != 1:
-            raise _Cannot(f"its convolution groups keep different numbers of inputs: {widths}")
+            raise Cannot(f"its convolution groups keep different numbers of inputs: {widths}")
         order = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable"))
         self.kept = order[self.alive, : widths.pop()]
         self.total = 0
@@ -321,7 +321,7 @@ class _Pair:
             found = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
         offset = rest - (found @ mean[:, :, None])[:, :, 0]
         if not bool(found.isfinite().all()):
-            raise _Cannot("the moments of its input are not finite")
+            raise Cannot("the moments of its input are not finite")
         every = torch.arange(self.keep.shape[1]).expand(len(self.alive), -1)
         return Solved(
             self.alive, self.kept, every, found, offset if centred else torch.zeros_like(offset)

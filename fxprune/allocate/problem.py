@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
@@ -62,6 +63,11 @@ class AllocationProblem:
     progress          show a bar on stderr
     max_evaluations   how often ``fitness`` may be called
     executor          evaluates several plans at once; the result does not depend on it
+    finals            a dearer and truer fitness, by which the best few states are compared last
+    max_seconds       of the search; then the best so far is the result
+    journal           file to which every evaluation is appended; where it exists the search goes on
+                      from it
+    identity          content hash of what ``fitness`` depends on; a journal belongs to one
     """
 
     traced: Prunable
@@ -73,6 +79,10 @@ class AllocationProblem:
     progress: bool = False
     max_evaluations: int = 60
     executor: Executor | None = None
+    finals: Callable[[PrunePlan], float] | None = None
+    max_seconds: float | None = None
+    journal: Path | None = None
+    identity: str = ""
 
     def __post_init__(self) -> None:
         bounds(self.budget)
@@ -80,6 +90,8 @@ class AllocationProblem:
             raise InputError(f"round_to must be at least 1, got {self.round_to}")
         if self.max_evaluations < 1:
             raise InputError(f"max_evaluations must be at least 1, got {self.max_evaluations}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise InputError(f"max_seconds must be more than 0, got {self.max_seconds}")
 
 
 class Allocator(Protocol):

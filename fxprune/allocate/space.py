@@ -57,14 +57,18 @@ class Space:
 
     def load(self, states: IntArray) -> FloatArray:
         """[P, F] states -> [P] share of the budget that is used; the budget holds up to 1."""
-        rows = max(1, CHUNK // max(1, len(self.groups)))
-        parts = [self._load(states[i : i + rows]) for i in range(0, len(states), rows)]
-        return np.concatenate(parts) if parts else np.empty(0)
+        return np.asarray(self.loads(states).max(axis=1), dtype=np.float64)
 
-    def _load(self, states: IntArray) -> FloatArray:
+    def loads(self, states: IntArray) -> FloatArray:
+        """[P, F] states -> [P, D] share of each bound that is used."""
+        rows = max(1, CHUNK // max(1, len(self.groups)))
+        parts = [self._loads(states[i : i + rows]) for i in range(0, len(states), rows)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.measures)))
+
+    def _loads(self, states: IntArray) -> FloatArray:
         arrays = self.costs.evaluate(self.counts(states))
         kept = np.stack([getattr(arrays, m) for m in self.measures], axis=1) / self.original
-        return np.asarray((kept / self.share).max(axis=1), dtype=np.float64)
+        return np.asarray(kept / self.share, dtype=np.float64)
 
     def holds(self, states: IntArray) -> BoolArray:
         """[P, F] states -> [P] whether the budget holds."""
