@@ -31,7 +31,7 @@ from fxprune.errors import InternalError
 from fxprune.isolate import exact_arithmetic, rng_kept
 from fxprune.moments import CHUNK, MAX_VARIABLES, Layout, input_rows
 from fxprune.observe import coverage_of
-from fxprune.products import Product, Watch, evaluating, storage_key
+from fxprune.products import Product, Watch, as_product, evaluating, storage_key
 from fxprune.renorm import RepairReport, SideBySide, samples_of, some
 from fxprune.repair import (
     RIDGE,
@@ -77,7 +77,7 @@ def repair_sequential(
     with rng_kept(), exact_arithmetic(), evaluating(traced.graph_module), evaluating(module):
         fits = max_bytes // max(1, 2 * live_bytes(traced.graph_module, inputs[0]))
         inputs = some(inputs, max(1, min(max_samples, fits)))
-        walk = _Walk(traced, plan, module, inputs, ridge)
+        walk = Walk(traced, plan, Side(traced.graph_module, inputs), Side(module, inputs), ridge)
         walk.run()
     return RepairReport(tuple(walk.repaired), walk.skipped)
 
@@ -137,22 +137,24 @@ class Cannot(Exception):
     """Why a consumer cannot be treated; never reaches a caller."""
 
 
-class _Walk:
-    """One pass of both models; ``repaired`` and ``skipped`` are its result."""
+class Walk:
+    """One pass of both models; ``repaired`` and ``skipped`` are its result.
+
+    ``pruned`` may hold more inputs than ``original``: they pass too, and take no part in the fit.
+    """
 
     def __init__(
         self,
         traced: Traced,
         plan: PrunePlan,
-        module: fx.GraphModule,
-        inputs: Sequence[tuple[Any, ...]],
-        ridge: float,
+        original: Side,
+        pruned: Side,
+        ridge: float = RIDGE,
     ) -> None:
         self.traced, self.ridge = traced, ridge
         self.masks = traced.masks(plan)
-        self.sizes = [samples_of(i) for i in inputs]
-        self.original, self.pruned = _Side(traced.graph_module, inputs), _Side(module, inputs)
-        self.weights, self.targets = named_tensors(traced.graph_module), named_tensors(module)
+        self.original, self.pruned = original, pruned
+        self.weights, self.targets = named_tensors(traced.graph_module), pruned.tensors
         self.calls = parameter_calls(traced.graph_module)
         self.sharing: dict[str, list[Consumer]] = {}
         for c in traced.consumers:
@@ -164,9 +166,10 @@ class _Walk:
     def run(self) -> None:
         """Consumer by consumer in execution order; nothing behind the last one has to run."""
         for consumer in self.traced.consumers:
-            self._try(consumer)
+            self.attempt(consumer)
 
-    def _try(self, consumer: Consumer) -> None:
+    def attempt(self, consumer: Consumer) -> None:
+        """Repair one consumer, or note why it cannot be."""
         try:
             self._check(consumer)
             self.original.reach(consumer.node)
@@ -203,32 +206,56 @@ class _Walk:
     def _measure(self, consumer: Consumer, layout: Layout, pair: Pair) -> Tensor:
         """Gather both models' inputs to ``consumer``; how often its taps meet them, [T]."""
         smaller = replace(layout, variables=int(pair.keep.sum()))
-        coverage = None
-        for i, samples in enumerate(self.sizes):
-            full, out = self.original.product(consumer, i)
-            cut, _ = self.pruned.product(consumer, i)
-            if full.w.numel() != self.weights[consumer.weight].numel():
-                raise Cannot("it uses a part of its parameter")
-            if _rows(full) != _rows(cut) or cut.x.shape[1] != smaller.variables * layout.taps:
+        for i in range(len(self.original.sizes)):
+            full = self.original.rows(consumer, layout, i)
+            cut = self.pruned.rows(consumer, smaller, i)
+            if full.extent != cut.extent:
                 raise Cannot("the rows of its input are not the same in both models")
-            x, _ = input_rows(consumer.kind, layout, full.x, samples)
-            y, _ = input_rows(consumer.kind, smaller, cut.x, samples)
-            pair.add(x.flatten(0, 1), y.flatten(0, 1))
-            coverage = coverage_of(consumer, full, out) if coverage is None else coverage
-        assert coverage is not None
-        return coverage
+            pair.add(full.values, cut.values)
+        return self.original.coverage(consumer)
 
 
-def _rows(product: Product) -> tuple[int, ...]:
-    """All sizes of the input but the channels'."""
-    return (product.x.shape[0], *product.x.shape[2:])
+@dataclass(frozen=True)
+class Rows:
+    """What enters a consumer for one batch.
+
+    values [S, V]; extent: all sizes of the input but the channels'.
+    """
+
+    values: Tensor
+    extent: tuple[int, ...]
 
 
-class _Side:
-    """One of the two models, run up to some node."""
+class _Reached(Exception):
+    """The product that was looked for is about to run; never leaves this file."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+
+
+class _Stop(Watch):
+    """Raises _Reached in front of the product of that key: it does not have to run."""
+
+    def __init__(self, names: dict[int, str], key: str) -> None:
+        super().__init__(names, lambda *_: None)
+        self.key = key
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = as_product(func, args)
+        here = product is not None and storage_key(product.w) in self.names
+        if product is not None and here and self.key == f"{self.node}:{self.count}":
+            raise _Reached(product)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Side:
+    """One of the two models, run up to some node; ``sizes``: samples of each input."""
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
         self.run = SideBySide(module, inputs)
+        self.sizes = [samples_of(i) for i in inputs]
+        self.tensors = named_tensors(module)
         self.nodes: list[fx.Node] = list(module.graph.nodes)
         self.at = 0
 
@@ -237,24 +264,46 @@ class _Side:
         if name not in {n.name for n in self.nodes[self.at :]}:
             raise Cannot("its node is not in both graphs at the same place")
         while self.nodes[self.at].name != name:
-            for i in range(len(self.run.envs)):
-                self.run.step(self.nodes[self.at], i)
-            self.at += 1
+            self.advance()
 
-    def product(self, consumer: Consumer, i: int) -> tuple[Product, Tensor]:
-        """The operands and the result of ``consumer``, in the node that was reached."""
-        found: list[tuple[Product, Tensor]] = []
+    def advance(self) -> None:
+        """All inputs pass one node."""
+        for i in range(len(self.run.envs)):
+            self.run.step(self.nodes[self.at], i)
+        self.at += 1
+
+    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
+        """What enters ``consumer``, in the node that was reached. Raises Cannot."""
+        mode = _Stop(self.run.own, consumer.key)
+        mode.node = consumer.node
+        try:
+            with mode:
+                self.run.attempt(self.nodes[self.at], i)
+        except _Reached as reached:
+            product = reached.product
+        else:
+            raise Cannot("it is not the same product in both models")
+        x = product.x
+        wanted = consumer.kind, layout.variables * layout.taps
+        if (product.kind, x.shape[1]) != wanted:
+            raise Cannot("it is not the same product in both models")
+        if product.w.numel() != self.tensors[consumer.weight].numel():
+            raise Cannot("it uses a part of its parameter")
+        values, _ = input_rows(consumer.kind, layout, x, self.sizes[i])
+        return Rows(values.flatten(0, 1), (x.shape[0], *x.shape[2:]))
+
+    def coverage(self, consumer: Consumer) -> Tensor:
+        """[T] how often each tap of ``consumer`` meets its input; see observe.coverage_of."""
+        found: list[Tensor] = []
 
         def look(key: str, product: Product, out: Tensor) -> None:
             if key == consumer.key:
-                found.append((product, out))
+                found.append(coverage_of(consumer, product, out))
 
         mode = Watch(self.run.own, look)
         mode.node = consumer.node
         with mode:
-            self.run.attempt(self.nodes[self.at], i)
-        if len(found) != 1 or found[0][0].kind != consumer.kind:
-            raise Cannot("it is not the same product in both models")
+            self.run.attempt(self.nodes[self.at], 0)
         return found[0]
 
 
