@@ -35,6 +35,14 @@ weights:      a safetensors file, a torch file with tensors only, or "default" f
 """
 
 
+_BUDGETS = {
+    "macs": 'multiply-adds that may stay: a share in (0, 1], or an amount like "300 MMACs"',
+    "params": 'parameters that may stay: a share, or an amount like "5M"',
+    "bytes": 'bytes of weights that may stay: a share, or an amount like "2.5 MB"',
+    "memory": 'peak activation bytes at the batch of --input: a share, or an amount like "2.5 MB"',
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` without the program's name."""
     args = _parser().parse_args(argv)
@@ -124,10 +132,8 @@ def _prune_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _model_arguments(prune)
-    for what, text in (("macs", "multiply-adds"), ("params", "parameters"), ("bytes", "bytes")):
-        prune.add_argument(
-            f"--{what}", type=float, metavar="SHARE", help=f"{text} that may stay, in (0, 1]"
-        )
+    for what, text in _BUDGETS.items():
+        prune.add_argument(f"--{what}", metavar="LIMIT", help=text)
     prune.add_argument("--data", default="random", metavar="SPEC", help="default: %(default)s")
     prune.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     prune.add_argument("--overwrite", action="store_true", help="replace an existing --out")
@@ -223,12 +229,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``prune``; InputError for what argparse lets pass."""
     from fxprune.types import Budget
 
-    if args.macs is None and args.params is None and args.bytes is None:
-        raise InputError("no budget; give --macs, --params or --bytes, for example --macs 0.5")
+    budget = {m: getattr(args, m) for m in _BUDGETS}
+    if all(limit is None for limit in budget.values()):
+        flags = ", ".join(f"--{m}" for m in _BUDGETS)
+        raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
     if args.evals < 1:
         raise InputError(f"--evals must be at least 1, got {args.evals}")
     return {
-        "budget": Budget(args.macs, args.params, args.bytes),
+        "budget": Budget(**budget),
         "criterion": args.criterion,
         "allocation": args.allocation,
         "repair": None if args.repair == "none" else args.repair,
@@ -286,6 +294,7 @@ def _cost_table(title: str, before: Cost, after: Cost) -> Table:
         ("MACs", before.macs, after.macs),
         ("parameters", before.params, after.params),
         ("bytes of weights", before.bytes, after.bytes),
+        ("peak activation bytes", before.memory, after.memory),
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     return table

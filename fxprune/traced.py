@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import networkx as nx
@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxprune.cost import CostModel
 from fxprune.coupling.groups import Coupling, couple
 from fxprune.errors import PlanError, SpecError, unknown
+from fxprune.lifetimes import storages
 from fxprune.tracing import Captured, capture
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
 
@@ -61,7 +62,7 @@ class Traced:
 
     @cached_property
     def costs(self) -> CostModel:
-        return CostModel(self.coupling)
+        return CostModel(self.coupling, partial(storages, self.captured))
 
     @cached_property
     def _by_name(self) -> dict[str, ChannelGroup]:

@@ -143,21 +143,30 @@ class PrunePlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one forward pass at the example inputs' batch size (macs) and of the weights.
+    """Of one forward pass at the example inputs' batch size (macs, memory) and of the weights.
 
     macs: multiply-adds of convolutions, matrix products and attention; params: learnable scalars;
-    bytes: parameters and buffers in their own dtype.
+    bytes: parameters and buffers in their own dtype; memory: peak activation bytes (``cost``).
     """
 
     macs: int
     params: int
     bytes: int
+    memory: int = 0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds, each a share of the original in (0, 1]; all must hold."""
+    """Upper bounds; all must hold.
 
-    macs: float | None = None
-    params: float | None = None
-    bytes: float | None = None
+    Each is a share of the original in (0, 1] (0.5, "50%"), or an absolute value with its unit
+    ("300 MMACs", "5M params", "2.5 MB", "4 ms"); a whole number above 1 counts MACs, parameters or
+    bytes. memory: peak activation bytes at the example inputs' batch; latency: of one forward pass
+    on the target that is named beside the budget.
+    """
+
+    macs: float | str | None = None
+    params: float | str | None = None
+    bytes: float | str | None = None
+    memory: float | str | None = None
+    latency: float | str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fxprune import allocate
-from fxprune.types import Budget, ChannelGroup, IntArray, Member, PrunePlan
+from fxprune.types import Budget, ChannelGroup, FloatArray, IntArray, Member, PrunePlan
 
 
 def group(
@@ -56,6 +57,10 @@ class Fake:
         macs = sum(a * u * v for a, (u, v) in zip(self.area, pairs, strict=True))
         params = sum(u * v for u, v in pairs)
         return SimpleNamespace(macs=macs, params=params, bytes=4 * params)
+
+    def measure(self, counts: IntArray, measures: Sequence[str]) -> FloatArray:
+        found = self.evaluate(counts)
+        return np.stack([getattr(found, m) for m in measures], axis=1).astype(np.float64)
 
     def cost(self, plan: PrunePlan) -> Any:
         counts = [len(plan.kept.get(g.name, range(g.n))) // g.rows for g in self.groups]

@@ -18,7 +18,7 @@ ORDER = [
     # the ground
     *("errors", "isolate", "types", "products", "attention"),
     # the engine
-    *("tracing", "coupling", "cost", "traced", "sizes", "rewrite", "cut"),
+    *("tracing", "coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it
     *("moments", "observe", "criteria", "renorm", "repair", "sequential", "fitness", "allocate"),
     *("export", "checkpoint", "report"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fxprune.allocate.budget import Bound, bounds
 from fxprune.allocate.local import local
-from fxprune.allocate.problem import AllocationProblem, Allocator, CostModel, Prunable, bounds
+from fxprune.allocate.problem import AllocationProblem, Allocator, CostModel, LatencyModel, Prunable
 from fxprune.allocate.ranked import global_threshold, isomorphic
 from fxprune.allocate.uniform import uniform
 from fxprune.errors import InternalError, SpecError, unknown
@@ -17,7 +18,9 @@ from fxprune.errors import InternalError, SpecError, unknown
 __all__ = [
     "AllocationProblem",
     "Allocator",
+    "Bound",
     "CostModel",
+    "LatencyModel",
     "Prunable",
     "bounds",
     "get",

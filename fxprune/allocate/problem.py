@@ -5,8 +5,7 @@ Legend for shapes: G groups, P plans, n channels of a group.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +13,27 @@ from typing import Protocol
 
 from torch import nn
 
+from fxprune.allocate.budget import bounds
 from fxprune.errors import BudgetError, InputError
 from fxprune.types import Budget, ChannelGroup, FloatArray, IntArray, PrunePlan
-
-MEASURES = ("macs", "params", "bytes")
-
-
-class CostArrays(Protocol):
-    """Costs of P plans, each int64 [P]."""
-
-    @property
-    def macs(self) -> IntArray: ...
-    @property
-    def params(self) -> IntArray: ...
-    @property
-    def bytes(self) -> IntArray: ...
 
 
 class CostModel(Protocol):
     """Exact cost of kept counts; never decreases when a count grows."""
 
-    def evaluate(self, counts: IntArray, /) -> CostArrays:
-        """``counts`` [P, G]: kept channels of each row of each group."""
+    def measure(self, counts: IntArray, measures: Sequence[str], /) -> FloatArray:
+        """``counts`` [P, G], kept channels of each row of each group -> [P, D] costs.
+
+        measures: D of "macs", "params", "bytes", "memory" (bytes); no other is computed.
+        """
+        ...
+
+
+class LatencyModel(Protocol):
+    """Predicted latency of kept counts on one target."""
+
+    def predict(self, counts: IntArray, /) -> FloatArray:
+        """``counts`` [P, G], kept channels of each row of each group -> [P] milliseconds."""
         ...
 
 
@@ -56,7 +54,7 @@ class AllocationProblem:
 
     traced            groups and exact costs
     scores            [n] for each group that is not locked; higher = keep
-    budget            upper bounds, shares of the original
+    budget            upper bounds: shares of the original, or absolute values with their units
     round_to          granularity of kept counts (``ChannelGroup.choices``)
     fitness           of a plan, lower is better; None where only scores can guide the choice.
                       A pure function; it is called from the executor's workers
@@ -68,6 +66,7 @@ class AllocationProblem:
     journal           file to which every evaluation is appended; where it exists the search goes on
                       from it
     identity          content hash of what ``fitness`` depends on; a journal belongs to one
+    latency           predicts milliseconds; a budget that bounds the latency needs it
     """
 
     traced: Prunable
@@ -83,9 +82,11 @@ class AllocationProblem:
     max_seconds: float | None = None
     journal: Path | None = None
     identity: str = ""
+    latency: LatencyModel | None = None
 
     def __post_init__(self) -> None:
-        bounds(self.budget)
+        if "latency" in bounds(self.budget) and self.latency is None:
+            raise BudgetError("a budget for the latency needs a latency model of its target")
         if self.round_to < 1:
             raise InputError(f"round_to must be at least 1, got {self.round_to}")
         if self.max_evaluations < 1:
@@ -98,23 +99,3 @@ class Allocator(Protocol):
     """Turns a problem into a plan whose cost is never above the budget."""
 
     def __call__(self, problem: AllocationProblem, /) -> PrunePlan: ...
-
-
-def bounds(budget: Budget) -> dict[str, float]:
-    """The measures that the budget bounds, with their shares.
-
-    Raises BudgetError for a budget that bounds nothing, or a share outside (0, 1].
-    """
-    shares = {m: getattr(budget, m) for m in MEASURES if getattr(budget, m) is not None}
-    if not shares:
-        raise BudgetError(
-            f"the budget bounds nothing; give a share in (0, 1] for one of {', '.join(MEASURES)}"
-        )
-    for measure, share in shares.items():
-        number = isinstance(share, (int, float)) and not isinstance(share, bool)
-        if not number or not math.isfinite(share) or not 0 < share <= 1:
-            raise BudgetError(
-                f"budget {measure}={share!r} is not a share of the original in (0, 1]; "
-                f"for example {measure}=0.5 keeps at most half"
-            )
-    return {m: float(s) for m, s in shares.items()}

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.allocate.problem import AllocationProblem, CostModel, bounds
+from fxprune.allocate.budget import bounds, in_words
+from fxprune.allocate.problem import AllocationProblem, CostModel, LatencyModel
 from fxprune.errors import BudgetError, InputError
 from fxprune.types import BoolArray, ChannelGroup, FloatArray, IntArray, PrunePlan
 
@@ -31,7 +32,8 @@ class Space:
     top       [F] highest step of each free group
     order     for each free group [rows, width]: columns of each row from best to worst
     gain      [F, S] share of the group's score that is kept at each step, 1 at the top
-    original  [D] cost of the whole model in each bounded measure; ``share`` [D] what may stay
+    original  [D] cost of the whole model in each bounded measure, in its base unit
+    limit     [D] what may stay of it, in the same unit; ``share`` [D] the same as a share
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -42,8 +44,14 @@ class Space:
     gain: FloatArray
     measures: tuple[str, ...]
     original: FloatArray
-    share: FloatArray
+    limit: FloatArray
     costs: CostModel
+    latency: LatencyModel | None = None
+
+    @property
+    def share(self) -> FloatArray:
+        """[D] what may stay, as a share of the original."""
+        return np.asarray(self.limit / self.original)
 
     def counts(self, states: IntArray) -> IntArray:
         """[P, F] states -> [P, G] kept counts, as the cost model takes them."""
@@ -62,13 +70,13 @@ class Space:
     def loads(self, states: IntArray) -> FloatArray:
         """[P, F] states -> [P, D] share of each bound that is used."""
         rows = max(1, CHUNK // max(1, len(self.groups)))
-        parts = [self._loads(states[i : i + rows]) for i in range(0, len(states), rows)]
-        return np.concatenate(parts) if parts else np.empty((0, len(self.measures)))
+        parts = [self.cost(states[i : i + rows]) for i in range(0, len(states), rows)]
+        found = np.concatenate(parts) if parts else np.empty((0, len(self.measures)))
+        return np.asarray(found / self.limit, dtype=np.float64)
 
-    def _loads(self, states: IntArray) -> FloatArray:
-        arrays = self.costs.evaluate(self.counts(states))
-        kept = np.stack([getattr(arrays, m) for m in self.measures], axis=1) / self.original
-        return np.asarray(kept / self.share, dtype=np.float64)
+    def cost(self, states: IntArray) -> FloatArray:
+        """[P, F] states -> [P, D] cost in each bounded measure, in its base unit."""
+        return _cost(self.costs, self.latency, self.measures, self.counts(states))
 
     def holds(self, states: IntArray) -> BoolArray:
         """[P, F] states -> [P] whether the budget holds."""
@@ -123,8 +131,11 @@ def _space(
         scores = _checked(groups[i], problem.scores)
         order.append(np.argsort(-scores, axis=1, kind="stable"))
         gain[f] = _kept_share(scores)[table[f]]
-    shares = bounds(problem.budget)
-    full = problem.traced.costs.evaluate(_widths(groups)[None])
+    given = bounds(problem.budget)
+    measures, costs = tuple(given), problem.traced.costs
+    original = _cost(costs, problem.latency, measures, _widths(groups)[None])[0]
+    original = np.where(original > 0, original, 1.0)
+    limits = [b.limit(float(o)) for b, o in zip(given.values(), original, strict=True)]
     return Space(
         groups=groups,
         free=np.asarray(free, dtype=np.int64),
@@ -132,11 +143,25 @@ def _space(
         top=np.array([len(choices[i]) - 1 for i in free], dtype=np.int64),
         order=tuple(order),
         gain=gain,
-        measures=tuple(shares),
-        original=np.array([max(1.0, float(getattr(full, m)[0])) for m in shares]),
-        share=np.array(list(shares.values())),
-        costs=problem.traced.costs,
+        measures=measures,
+        original=original,
+        limit=np.array(limits),
+        costs=costs,
+        latency=problem.latency,
     )
+
+
+def _cost(
+    costs: CostModel, latency: LatencyModel | None, measures: tuple[str, ...], counts: IntArray
+) -> FloatArray:
+    """[P, G] counts -> [P, D]; milliseconds come from ``latency``, the rest from ``costs``."""
+    exact = [m for m in measures if m != "latency"]
+    found = np.empty((len(counts), len(measures)))
+    if exact:
+        found[:, [measures.index(m) for m in exact]] = costs.measure(counts, exact)
+    if latency is not None and "latency" in measures:
+        found[:, measures.index("latency")] = latency.predict(counts)
+    return found
 
 
 def _widths(groups: tuple[ChannelGroup, ...]) -> IntArray:
@@ -192,15 +217,18 @@ def _reachable(space: Space) -> bool:
 
 def _unreachable(problem: AllocationProblem, space: Space) -> BudgetError:
     """What is the smallest reachable cost, and what stands in the way?"""
-    smallest = space.costs.evaluate(space.counts(np.zeros((1, len(space.free)), dtype=np.int64)))
+    smallest = space.cost(np.zeros((1, len(space.free)), dtype=np.int64))[0]
+    given = bounds(problem.budget)
     parts = []
-    for measure, whole, share in zip(space.measures, space.original, space.share, strict=True):
-        least = float(getattr(smallest, measure)[0]) / float(whole)
-        if least > share:
+    for m, least, whole, limit in zip(
+        space.measures, smallest, space.original, space.limit, strict=True
+    ):
+        if least > limit:
+            share = math.ceil(least / whole * 1000) / 1000
             parts.append(
-                f"{measure}={share:g} cannot be reached: with every group at its smallest, "
-                f"{least:.4g} of the original {measure} is left; "
-                f"ask for at least {math.ceil(least * 1000) / 1000:g}"
+                f"{given[m]} cannot be reached: with every group at its smallest, "
+                f"{least / whole:.4g} of the original {m} is left ({in_words(m, least)} of "
+                f"{in_words(m, whole)}); ask for at least {share:g}"
             )
     locked: Counter[str] = Counter()
     for group in space.groups:
