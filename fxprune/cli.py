@@ -227,12 +227,14 @@ def _prune(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``prune``; InputError for what argparse lets pass."""
+    from fxprune.allocate import bounds
     from fxprune.types import Budget
 
     budget = {m: getattr(args, m) for m in _BUDGETS}
     if all(limit is None for limit in budget.values()):
         flags = ", ".join(f"--{m}" for m in _BUDGETS)
         raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
+    bounds(Budget(**budget))
     if args.evals < 1:
         raise InputError(f"--evals must be at least 1, got {args.evals}")
     return {
