@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -361,6 +361,22 @@ def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     made, _ = _moved_index(r, index, source)
     new.op, new.target = "call_function", operator.getitem
     new.args, new.kwargs = (r.env[_args(old)[0]], made), {}
+
+
+@register("mean")
+def _mean(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """A mean over channels keeps its divisor: those that are gone were zero."""
+    r.keep_numbers(old, new)
+    source = r.sizes.coupling.values[_source(old)]
+    dims = _argument(old, 1, "dim", _kwargs(old).get("axis"))
+    if dims is None or dims == ():
+        dims = range(len(source.shape))
+    listed = [_number(r, d) for d in (dims if isinstance(dims, (tuple, list, range)) else [dims])]
+    now = r.sizes.shape(source)
+    share = prod(now[d] for d in listed) / prod(source.shape[d] for d in listed)
+    if share != 1:
+        with r.graph.inserting_after(new):
+            r.env[old] = r.graph.call_function(operator.mul, (new, share))
 
 
 # -- functional layers ------------------------------------------------------------------------

@@ -304,3 +304,40 @@ class Pooled(Op):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0] if self.first else x.mean(1)
+
+
+SUMS = {
+    "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3),
+    "mean": lambda x: x * x.mean(-1, keepdim=True).tanh(),
+    "sum": lambda x: x + x.relu().sum(-1, keepdim=True).tanh(),
+    "unit": lambda x: F.normalize(x, dim=-1),
+    "sigmoid": lambda x: x * x.sigmoid().mean(-1, keepdim=True),
+    "centred": lambda x: x - x.mean(-1, keepdim=True),
+    "response": lambda x: x * (g := x.norm(p=2, dim=1, keepdim=True)) / (g.mean(-1, True) + 0.1),
+}
+
+
+class _Summed(Op):
+    """Sums, means and norms over channels; where removed channels are not zero, they stay."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    @classmethod
+    def offer(cls, s: Source, shape: Shape) -> Options:
+        return {"kind": choose(s, tuple(SUMS))}
+
+
+@register
+class SummedTokens(_Summed):
+    takes = "tokens"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SUMS[self.kind](x)
+
+
+@register
+class SummedImage(_Summed):
+    def forward(self, x: Tensor) -> Tensor:
+        return SUMS[self.kind](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ import numpy as np
 import patterns_attention  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
 import patterns_shared  # noqa: F401 - registers its cases
+import patterns_sums  # noqa: F401 - registers its cases
 import pytest
 import torch
 from checks import assert_right, prunable

@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxprune.products import storage_key
 from fxprune.types import BoolArray, IntArray
 
 Fields = list[IntArray]
@@ -113,6 +115,9 @@ class Labels:
         self.where = ""
         self.opaque = False  # inside a module that was not traced through
         self.expands = False  # inside a call whose expanded extents follow what they meet
+        self.averages = False  # inside a call whose divisor can be rewritten
+        self.vanishing: Any = WeakTensorKeyDictionary()  # tensor -> True; see ``vanish``
+        self.dirty: dict[int, Any] = {}  # memory written to: what is in it does not vanish
 
     # -- facts --------------------------------------------------------------------------------
 
@@ -196,6 +201,17 @@ class Labels:
         """A fresh field along one dim of ``t``."""
         shape = [s if d == dim else 1 for d, s in enumerate(t.shape)]
         return self.new(t.shape[dim]).reshape(shape)
+
+    def vanishes(self, t: Tensor) -> bool:
+        """Whether ``t`` is zero at every position whose label is removed."""
+        return t in self.vanishing and storage_key(t) not in self.dirty
+
+    def overwritten(self, t: Tensor) -> None:
+        """The memory of ``t``, and of its views, holds something else now.
+
+        The weak reference keeps its identity from being given to other memory.
+        """
+        self.dirty[storage_key(t)] = StorageWeakRef(t.untyped_storage())
 
     # -- relations between fields -------------------------------------------------------------
 

@@ -58,12 +58,25 @@ def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: An
     dims = dims_of(args[at] if len(args) > at else kwargs.get("dim", _default_dim(func)), x.dim())
     outs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
     name = str(func.overloadpacket)
-    mixed = [labels.mix(f, dims, f"{name} over the channels") for f in labels.of(x)]
+    if _adds_up(labels, func.overloadpacket.__name__, args):
+        mixed = [labels.rows(f, dims) for f in labels.of(x)]
+    else:
+        mixed = [labels.mix(f, dims, f"{name} over the channels") for f in labels.of(x)]
     fields = [f for f in mixed if f is not None]
     if outs[0].dim() < x.dim():
         fields = [f.reshape([s for d, s in enumerate(f.shape) if d not in dims]) for f in fields]
     for t in outs:
         labels.put(t, fields)
+
+
+def _adds_up(labels: Labels, name: str, args: Sequence[Any]) -> bool:
+    """Whether channels that are zero make no difference; a mean's divisor must be rewritable."""
+    if name in ("linalg_vector_norm", "norm"):
+        order = args[1] if len(args) > 1 else 2
+        adds = order is None or (isinstance(order, (int, float)) and order >= 0)
+    else:
+        adds = name == "sum" or (name == "mean" and labels.averages)
+    return adds and labels.vanishes(args[0])
 
 
 def _default_dim(func: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fxprune.coupling import vanish
 from fxprune.coupling.labels import Fields, Labels, align, varying
 from fxprune.errors import InternalError
 
@@ -41,15 +42,17 @@ def apply_rule(
     """Carry labels over one executed op."""
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     name = str(func.overloadpacket)
-    if name not in PRODUCTS and not any(labels.of(t) for t in tensors):
+    grows = labels.expands and name == "aten.expand"
+    if name not in PRODUCTS and not grows and not any(labels.of(t) for t in tensors):
         return
     rule = RULES.get(name)
     if rule is None and _is_pointwise(func):
         rule = elementwise
     if rule is None:
         labels.lock_all(tensors, f"no rule for op {name}")
-        return
-    rule(labels, func, args, kwargs, out)
+    else:
+        rule(labels, func, args, kwargs, out)
+    vanish.note(labels, func, args, kwargs, out)
 
 
 @functools.cache

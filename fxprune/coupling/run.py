@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -84,7 +85,7 @@ class _Composites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.rms_norm, torch.nn.functional.rms_norm):
+        if func not in (torch.rms_norm, F.rms_norm):
             return func(*args, **kwargs)
         with _disable_current_modes():
             out = func(*args, **kwargs)
@@ -115,7 +116,8 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = n.op == "call_module" and not isinstance(
             self.submodules[str(n.target)], LEAVES
         )
-        self.labels.expands = n.op != "call_module" and call_name(n) in EXPANDERS
+        self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
+        self.labels.expands = n.op != "call_module" and _expands(n)
         with self.mode, _Composites(self.labels):
             result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
@@ -139,6 +141,12 @@ def tensors_of(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
+def _expands(node: fx.Node) -> bool:
+    """torch's own functional layers take every extent from their inputs."""
+    functional = getattr(node.target, "__module__", None) == F.__name__
+    return functional or call_name(node) in EXPANDERS
+
+
 def call_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls."""
     target: Any = node.target
@@ -155,9 +163,11 @@ def label_run(captured: Captured) -> Run:
     parameters: dict[str, Traits] = {}
     names = parameter_names(gm)
     for name, t in tensors_of(gm):
+        learnable = isinstance(t, torch.nn.Parameter)
         if t.is_floating_point():
             labels.parameter(t)
-        learnable = isinstance(t, torch.nn.Parameter)
+            if learnable:
+                labels.vanishing[t] = True
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     for name, t in tensors_of(captured.base):  # those that forward does not use
         if name not in parameters:

@@ -1,0 +1,269 @@
+"""Which tensors are zero wherever their labels are removed.
+
+A sum over channels, in which every removed channel is zero, is the sum over those that stay. So it
+matters whether a tensor *vanishes*: with the parameters of a removed label set to zero, the tensor
+is zero at the positions of that label. Parameters do by definition; a convolution's output does
+with its weight and bias; relu keeps it, sigmoid does not.
+
+``vanishes`` answers it for the result of one op. What is not known to vanish does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.coupling.labels import Labels, align, varying
+
+Dims = set[frozenset[int]]  # the varying dims of each field of a tensor
+Check = Callable[[Labels, Any, Sequence[Any], dict[str, Any], Tensor], bool]
+
+# f(0) = 0 for each element
+_UNARY = frozenset((
+    "relu", "relu6", "gelu", "silu", "mish", "tanh", "abs", "neg", "sqrt", "square", "leaky_relu",
+    "elu", "celu", "selu", "hardswish", "erf", "sin", "tan", "asin", "atan", "sinh", "asinh",
+    "sign", "round", "floor", "ceil", "trunc", "clone", "alias", "detach", "contiguous",
+    "lift_fresh", "_to_copy", "dropout", "native_dropout", "expm1", "special_expm1", "log1p",
+    "nan_to_num", "hardshrink", "softshrink", "prelu", "_prelu_kernel", "real", "positive",
+    "rad2deg", "deg2rad", "zeros_like",
+))  # fmt: skip
+# linear in the positions along dims that carry no labels, or the same values elsewhere
+_MOVING = frozenset((
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten",
+    "unflatten", "_reshape_copy", "view_copy", "permute", "transpose", "t", "movedim", "numpy_T",
+    "repeat", "select", "slice", "split", "split_with_sizes", "unsafe_split", "chunk",
+    "unsafe_chunk", "unbind", "flip", "roll", "view_as_real", "view_as_complex", "tril", "triu",
+    "unfold", "im2col", "pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle",
+    "channel_shuffle", "index", "index_select", "sum", "mean", "amax", "amin", "linalg_vector_norm",
+    "norm", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",
+    "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "mkldnn_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d", "embedding", "fill", "zero",
+))  # fmt: skip
+
+
+def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    """After an op: remember which of its results vanish, and forget what it has written over."""
+    name = func.overloadpacket.__name__
+    results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if labels.of(t)]
+    known = _known(labels, func, name, args, kwargs, results)
+    if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+        if not known:
+            labels.overwritten(args[0])
+        return
+    if known:
+        for t in results:
+            labels.vanishing[t] = True
+
+
+def _known(
+    labels: Labels, func: Any, name: str, args: Sequence[Any], kwargs: Any, results: Sequence[Any]
+) -> bool:
+    plain = name[:-1] if name.endswith("_") and not name.startswith("__") else name
+    check = _CHECKS.get(plain)
+    if check is not None:
+        return bool(results) and check(labels, func, args, kwargs, results[0])
+    if plain in ("zero", "zeros_like") or (plain == "fill" and args[1] == 0):
+        return True
+    if plain == "fill" or not args or not isinstance(args[0], Tensor):
+        return False
+    return plain in _UNARY | _MOVING and labels.vanishes(args[0])
+
+
+def _fields(labels: Labels, t: Any, ndim: int) -> Dims:
+    """The varying dims of the fields of a tensor that vanishes, aligned; else nothing."""
+    if not isinstance(t, Tensor) or not labels.vanishes(t):
+        return set()
+    return {varying(align(f, ndim)) for f in labels.of(t)}
+
+
+def _wanted(labels: Labels, out: Tensor) -> Dims:
+    return {varying(f) for f in labels.of(out)}
+
+
+def _by_any(labels: Labels, out: Tensor, operands: Iterable[Any]) -> bool:
+    """A product of its operands: zero where one of them is."""
+    found: Dims = set()
+    for t in operands:
+        found |= _fields(labels, t, out.dim())
+    return _wanted(labels, out) <= found
+
+
+def _by_all(labels: Labels, out: Tensor, operands: Iterable[Any]) -> bool:
+    """A sum of its operands: zero where all of them are. Numbers must be zero."""
+    wanted = _wanted(labels, out)
+    return all(
+        wanted <= _fields(labels, t, out.dim()) if isinstance(t, Tensor) else t == 0
+        for t in operands
+    )
+
+
+def _multiply(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return _by_any(labels, out, args[:2])
+
+
+def _divide(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """0 / y, where y itself does not vanish."""
+    if _fields(labels, args[1], out.dim()) & _wanted(labels, out):
+        return False
+    return _by_any(labels, out, args[:1])
+
+
+def _add(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return _by_all(labels, out, args[:2])
+
+
+def _extreme(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """max(x, y) of two tensors, or max(x, dim)."""
+    pair = len(args) > 1 and isinstance(args[1], Tensor)
+    return _by_all(labels, out, args[:2]) if pair else labels.vanishes(args[0])
+
+
+def _power(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return isinstance(args[1], (int, float)) and args[1] > 0 and _by_any(labels, out, args[:1])
+
+
+def _clamp(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """Limits on either side of zero: clamp, hardtanh."""
+    low = args[1] if len(args) > 1 else kwargs.get("min", kwargs.get("min_val"))
+    high = args[2] if len(args) > 2 else kwargs.get("max", kwargs.get("max_val"))
+    numbers = all(v is None or isinstance(v, (int, float)) for v in (low, high))
+    if func.overloadpacket.__name__.startswith("hardtanh"):
+        low, high = -1 if low is None else low, 1 if high is None else high
+    spans = numbers and (low is None or low <= 0) and (high is None or high >= 0)
+    return spans and _by_any(labels, out, args[:1])
+
+
+def _where(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return len(args) == 3 and _by_all(labels, out, args[1:3])
+
+
+def _filled(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """masked_fill(x, mask, value)"""
+    value = args[2]
+    return not isinstance(value, Tensor) and value == 0 and _by_any(labels, out, args[:1])
+
+
+def _pad(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    return not value and _by_any(labels, out, args[:1])
+
+
+def _expand(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return _by_any(labels, out, args[:1])
+
+
+def _joined(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """cat, stack: parts without labels are fixed along the joined dim."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    stacked = func.overloadpacket.__name__ == "stack"
+    parts = [t for t in args[0] if t.dim() == out.dim() - stacked]
+    for f in labels.of(out):
+        across = varying(f) - {dim}
+        for t in parts:
+            own = [varying(g) for g in labels.of(t)]
+            if stacked:
+                own = [frozenset(d + (d >= dim) for d in v) for v in own]
+            if not own and dim in varying(f):
+                continue
+            if not labels.vanishes(t) or not any(v - {dim} == across for v in own):
+                return False
+    return True
+
+
+def _contracted(labels: Labels, t: Tensor, dim: int, ndim: int) -> Dims:
+    """Fields of an operand, once ``dim`` is summed; operand dims are those of the result."""
+    if not labels.vanishes(t):
+        return set()
+    return {varying(f) - {dim % ndim} for f in labels.of(t)}
+
+
+def _matmul(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """mm, bmm [*, M, K] @ [*, K, N]; addmm, baddbmm with a bias before them."""
+    bias = None if len(args) == 2 else args[0]
+    x, y = args[-2:]
+    n = out.dim()
+    found = _contracted(labels, x, n - 1, n) | _contracted(labels, y, n - 2, n)
+    ok = _wanted(labels, out) <= found
+    return ok and (bias is None or _wanted(labels, out) <= _fields(labels, bias, n))
+
+
+def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    v = args[2]
+    return _wanted(labels, out) <= _contracted(labels, v, v.dim() - 2, v.dim())
+
+
+def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    w, bias = args[1], args[2]
+    return (
+        _wanted(labels, out) <= {frozenset([1])}
+        and labels.vanishes(w)
+        and (bias is None or labels.vanishes(bias))
+    )
+
+
+def _affine(at: int, needs_bias: bool, along: int | None) -> Check:
+    """A norm ends in x * weight + bias; both lie along ``along``, or along the last dims."""
+
+    def check(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+        given = [args[at + i] if len(args) > at + i else None for i in range(1 + needs_bias)]
+        weight, *bias = given
+        if weight is None or any(b is not None and not labels.vanishes(b) for b in bias):
+            return False
+        if along is None:
+            return _by_any(labels, out, [weight])
+        return labels.vanishes(weight) and _wanted(labels, out) <= {frozenset([along])}
+
+    return check
+
+
+_CHECKS: dict[str, Check] = {
+    "mul": _multiply,
+    "multiply": _multiply,
+    "div": _divide,
+    "add": _add,
+    "sub": _add,
+    "maximum": _add,
+    "minimum": _add,
+    "max": _extreme,
+    "min": _extreme,
+    "pow": _power,
+    "clamp": _clamp,
+    "hardtanh": _clamp,
+    "clamp_min": _clamp,
+    "where": _where,
+    "masked_fill": _filled,
+    "constant_pad_nd": _pad,
+    "expand": _expand,
+    "cat": _joined,
+    "concat": _joined,
+    "stack": _joined,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _matmul,
+    "baddbmm": _matmul,
+    "convolution": _convolution,
+    "native_layer_norm": _affine(2, True, None),
+    "layer_norm": _affine(2, True, None),
+    "rms_norm": _affine(2, False, None),
+    "_fused_rms_norm": _affine(2, False, None),
+    "native_group_norm": _affine(1, True, 1),
+    "group_norm": _affine(2, True, 1),
+    "native_batch_norm": _affine(1, True, 1),
+    "cudnn_batch_norm": _affine(1, True, 1),
+    "_native_batch_norm_legit": _affine(1, True, 1),
+    "batch_norm": _affine(1, True, 1),
+    "_native_batch_norm_legit_no_training": _affine(1, True, 1),
+    "_batch_norm_no_update": _affine(1, True, 1),
+    "miopen_batch_norm": _affine(1, True, 1),
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+}
