@@ -9,7 +9,8 @@ Legend for shapes: N samples, K classes, * further dims.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
+from fxprune.replay import Replay
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
 
@@ -63,13 +65,28 @@ class KLFitness:
 
     def of(self, module: Callable[..., Any]) -> float:
         """The divergence of any model in eval mode on the same inputs; inf where not finite."""
-        total, samples = 0.0, 0
         with torch.no_grad():
-            for batch, reference in zip(self._batches, self._references, strict=True):
-                total += reference.divergence(module(*batch)) * reference.samples
-                samples += reference.samples
-        value = total / samples
-        return value if math.isfinite(value) else math.inf
+            return mean_divergence(self._references, (module(*b) for b in self._batches))
+
+
+class ReplayFitness:
+    """:class:`KLFitness` of candidates as :class:`Replay` runs them: a callable for plans.
+
+    ``make`` gives the replay; it is called when the first plan comes. Calls may come from several
+    threads.
+    """
+
+    def __init__(self, make: Callable[[], Replay]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: tuple[Replay, list[Reference]] | None = None
+
+    def __call__(self, plan: PrunePlan) -> float:
+        with self._lock:
+            if self._made is None:
+                replay = self._make()
+                self._made = replay, [refer(out) for out in replay.originals]
+        replay, references = self._made
+        return mean_divergence(references, replay.outputs(plan))
 
 
 class EvaluateFitness:
@@ -117,6 +134,16 @@ class Reference:
             for x, y in zip(self.outputs, tensors, strict=True)
         ]
         return sum(errors) / len(errors)
+
+
+def mean_divergence(references: Sequence[Reference], outputs: Iterable[Any]) -> float:
+    """Over all samples of several batches; inf where it is not finite."""
+    total, samples = 0.0, 0
+    for reference, output in zip(references, outputs, strict=True):
+        total += reference.divergence(output) * reference.samples
+        samples += reference.samples
+    value = total / samples
+    return value if math.isfinite(value) else math.inf
 
 
 def refer(output: Any) -> Reference:

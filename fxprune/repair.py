@@ -12,6 +12,7 @@ of each, T taps (kernel positions, or columns of a flatten).
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,6 +73,15 @@ class LeastSquares:
 
     def __call__(self, plan: PrunePlan, module: fx.GraphModule) -> RepairReport:
         return self.apply(plan, module)
+
+    def only(self, consumers: Iterable[str]) -> LeastSquares:
+        """The same for these consumers (keys) alone, and those that share their weights."""
+        wanted = set(consumers)
+        fewer = copy.copy(self)
+        fewer.consumers = {
+            w: cs for w, cs in self.consumers.items() if wanted.intersection(c.key for c in cs)
+        }
+        return fewer
 
     def apply(self, plan: PrunePlan, module: fx.GraphModule) -> RepairReport:
         """Repair ``module``, the cut of ``plan``. Raises InternalError where they do not fit."""

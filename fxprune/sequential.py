@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ class Walk:
         self,
         traced: Traced,
         plan: PrunePlan,
-        original: Side,
+        original: Observed,
         pruned: Side,
         ridge: float = RIDGE,
     ) -> None:
@@ -171,14 +171,14 @@ class Walk:
     def attempt(self, consumer: Consumer) -> None:
         """Repair one consumer, or note why it cannot be."""
         try:
-            self._check(consumer)
+            self.check(consumer)
             self.original.reach(consumer.node)
             self.pruned.reach(consumer.node)
             self._treat(consumer)
         except Cannot as reason:
             self.skipped[consumer.key] = str(reason)
 
-    def _check(self, consumer: Consumer) -> None:
+    def check(self, consumer: Consumer) -> None:
         """Raises Cannot for what is known before anything is measured."""
         weight = self.weights[consumer.weight]
         calls = self.calls.get(storage_key(weight), 0)
@@ -247,6 +247,16 @@ class _Stop(Watch):
         if product is not None and here and self.key == f"{self.node}:{self.count}":
             raise _Reached(product)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Observed(Protocol):
+    """What the walk needs of the original; see :class:`Side`."""
+
+    @property
+    def sizes(self) -> list[int]: ...
+    def reach(self, name: str) -> None: ...
+    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows: ...
+    def coverage(self, consumer: Consumer) -> Tensor: ...
 
 
 class Side:

@@ -20,7 +20,17 @@ ORDER = [
     # the engine
     *("tracing", "coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it
-    *("moments", "observe", "criteria", "renorm", "repair", "sequential", "fitness", "allocate"),
+    *(
+        "moments",
+        "observe",
+        "criteria",
+        "renorm",
+        "repair",
+        "sequential",
+        "replay",
+        "fitness",
+        "allocate",
+    ),
     *("export", "checkpoint", "report"),
     # what the outside gives, and the one place that knows all of them
     *("data", "models", "pipeline", "demo", "cli", "__main__"),

@@ -1,0 +1,349 @@
+"""Candidates of a search, run once each: repaired on the way, and only from the first change on.
+
+A plain loop cuts a copy of the model, repairs it with a pass of both models over the repair samples
+and runs it on the held-out ones. The same result comes cheaper:
+
+1. what enters each consumer of the original is gathered once, for all candidates;
+2. the candidate runs once, with repair and held-out samples side by side: each consumer is repaired
+   at the moment at which they reach it (:class:`sequential.Walk`);
+3. activations are kept at cut points, the graph nodes at which some channel group first matters. A
+   candidate starts at the last cut point in front of which it equals a plan that was run before.
+
+Legend for shapes: N samples, S rows, V variables.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxprune.cut import cut
+from fxprune.isolate import exact_arithmetic
+from fxprune.moments import Layout
+from fxprune.products import evaluating, storage_key
+from fxprune.renorm import some
+from fxprune.repair import LeastSquares
+from fxprune.sequential import Cannot, Rows, Side, Walk
+from fxprune.traced import Traced
+from fxprune.types import ChannelGroup, Consumer, PrunePlan
+
+MAX_SAMPLES = 128  # for the repair of candidates; the final repair takes more
+MAX_BYTES = 1 << 30  # of activations that are kept at cut points, and of the original's rows
+MAX_CUTS = 32  # cut points
+
+Key: TypeAlias = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+class Replay:
+    """Runs plans of one model: ``outputs(plan)`` for each held-out batch, repaired sequentially.
+
+    repair    batches for the repair, the first ``max_samples`` samples count
+    held_out  batches whose outputs are wanted
+    once      one-shot repair for consumers that the sequential form cannot treat
+
+    Equal to cut, ``once``, :func:`sequential.repair_sequential` on the same samples and a forward
+    pass, up to rounding. Calls may come from several threads.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        repair: Sequence[Any],
+        held_out: Sequence[Any],
+        once: LeastSquares,
+        *,
+        max_samples: int = MAX_SAMPLES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.traced = traced
+        repair = some(repair, max_samples)
+        held_out = [b if isinstance(b, tuple) else (b,) for b in held_out]
+        self.inputs, self.held_out = [*repair, *held_out], len(held_out)
+        with exact_arithmetic(), evaluating(traced.graph_module):
+            self.original = Recorded(traced, repair)
+        self.once = once.only(self.original.refused)
+        self.map = GraphMap(traced)
+        self.kept = Snapshots(max_bytes)
+        self.originals = self.outputs(PrunePlan({}))
+
+    def outputs(self, plan: PrunePlan) -> list[Any]:
+        """What the repaired candidate gives for each held-out batch."""
+        module = cut(self.traced, plan)
+        self.once(plan, module)
+        groups = self.map.changed(plan)
+        first = groups[0][0] if groups else len(self.map.position)
+        with exact_arithmetic(), evaluating(module):
+            side = _Candidate(module, self.inputs, self, groups)
+            walk = Walk(self.traced, plan, self.original, side)
+            for consumer in self.traced.consumers:
+                at = self.map.position.get(consumer.node, -1)
+                if at >= first and not side.passed(consumer.node):
+                    walk.attempt(consumer)
+            return side.finish()[-self.held_out :]
+
+    def mend(self, plan: PrunePlan, module: fx.GraphModule) -> None:
+        """Repair ``module``, the cut of ``plan``, in place, with the same samples."""
+        self.once(plan, module)
+        with exact_arithmetic(), evaluating(module):
+            side = Side(module, self.inputs[: len(self.inputs) - self.held_out])
+            Walk(self.traced, plan, self.original, side).run()
+
+
+class Recorded:
+    """The original's side of the walk: the rows of each consumer, gathered once.
+
+    ``refused``: consumer key -> why its rows cannot be had.
+    """
+
+    def __init__(self, traced: Traced, inputs: Sequence[tuple[Any, ...]]) -> None:
+        side = Side(traced.graph_module, inputs)
+        self.sizes = side.sizes
+        self.refused: dict[str, str] = {}
+        self._rows: dict[str, list[Rows]] = {}
+        self._coverage: dict[str, Tensor] = {}
+        self._walk = Walk(traced, PrunePlan({}), self, side)
+        for consumer in traced.consumers:
+            self._record(consumer, side)
+
+    def _record(self, consumer: Consumer, side: Side) -> None:
+        try:
+            self._walk.check(consumer)
+            side.reach(consumer.node)
+            layout = Layout.of(consumer)
+            found = [side.rows(consumer, layout, i) for i in range(len(self.sizes))]
+            self._coverage[consumer.key] = side.coverage(consumer)
+            self._rows[consumer.key] = self._shared(found)
+        except Cannot as reason:
+            self.refused[consumer.key] = str(reason)
+
+    def _shared(self, found: list[Rows]) -> list[Rows]:
+        """The rows of the consumer before, where they are the same: queries, keys and values."""
+        before = next(reversed(self._rows.values()), [])
+        same = len(before) == len(found) and all(
+            torch.equal(a.values, b.values) for a, b in zip(before, found, strict=True)
+        )
+        return before if same else [Rows(r.values.clone(), r.extent) for r in found]
+
+    def reach(self, name: str) -> None:
+        """Nothing has to run."""
+
+    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
+        """What enters ``consumer`` in the original. Raises Cannot."""
+        if consumer.key in self.refused:
+            raise Cannot(self.refused[consumer.key])
+        return self._rows[consumer.key][i]
+
+    def coverage(self, consumer: Consumer) -> Tensor:
+        """[T]; see observe.coverage_of."""
+        return self._coverage[consumer.key]
+
+
+class GraphMap:
+    """Where in the graph each channel group first matters, and where each tensor is last read.
+
+    position   node name -> its number
+    first      group name -> number of the first node that differs when it is cut
+    last       parameter or buffer name -> number of the last node that reads it
+    cuts       names of the nodes in front of which activations are kept
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        module = traced.graph_module
+        nodes = list(module.graph.nodes)
+        self.position = {n.name: i for i, n in enumerate(nodes)}
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        storage = {name: storage_key(t) for name, t in named}
+        begin: dict[int, int] = {}
+        end: dict[int, int] = {}
+        for i, node in enumerate(nodes):
+            for key in _read(module, node):
+                begin.setdefault(key, i)
+                users = [self.position[u.name] for u in node.users] if node.op == "get_attr" else []
+                end[key] = max(end.get(key, 0), i, *users)
+        self.last = {name: end.get(key, -1) for name, key in storage.items()}
+        self.first = {
+            g.name: self._first(g, {n: begin.get(k, 0) for n, k in storage.items()})
+            for g in traced.groups
+            if g.locked is None
+        }
+        self.size = {g.name: g.n for g in traced.groups}
+        firsts = sorted({f for f in self.first.values() if f > 0})
+        step = -(-len(firsts) // MAX_CUTS) or 1
+        self.cuts = {nodes[f].name for f in firsts[::step]}
+
+    def _first(self, group: ChannelGroup, begin: Mapping[str, int]) -> int:
+        places = [self.position[n] for n in group.nodes if n in self.position]
+        places += [self.position.get(u.consumer.rpartition(":")[0], 0) for u in group.uses]
+        places += [begin.get(m.param, 0) for m in group.members]
+        return min(places, default=0)
+
+    def changed(self, plan: PrunePlan) -> list[tuple[int, str, tuple[int, ...]]]:
+        """(first node, name, kept) of every group that loses channels, in that order."""
+        return sorted(
+            (self.first.get(name, 0), name, tuple(kept))
+            for name, kept in plan.kept.items()
+            if len(kept) < self.size.get(name, 0)
+        )
+
+
+def _read(module: fx.GraphModule, node: fx.Node) -> set[int]:
+    """Storages of the parameters and buffers that a node reads or fetches."""
+    if node.op == "call_module":
+        inside = module.get_submodule(str(node.target))
+        return {storage_key(t) for t in [*inside.parameters(), *inside.buffers()]}
+    if node.op == "get_attr":
+        value: Any = module
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom)
+        return {storage_key(value)} if isinstance(value, Tensor) else set()
+    return set()
+
+
+@dataclass
+class Snapshot:
+    """The state of a run in front of a cut point.
+
+    values   for each input: node name -> value, of the nodes that are still needed
+    written  tensors that the repair has changed and that are read later
+    """
+
+    values: list[dict[str, Any]]
+    written: dict[str, Tensor]
+    bytes: int
+    used: int = 0
+    age: int = 0
+
+
+@dataclass
+class Snapshots:
+    """Snapshots by cut point and what was cut in front of it, at most ``max_bytes`` of them.
+
+    Those that never served again go first, the oldest of them before the others.
+    """
+
+    max_bytes: int
+    held: dict[Key, Snapshot] = field(default_factory=dict)
+    bytes: int = 0
+    clock: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: Key) -> Snapshot | None:
+        with self.lock:
+            found = self.held.get(key)
+            if found is not None:
+                self.clock += 1
+                found.used, found.age = found.used + 1, self.clock
+            return found
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.held
+
+    def put(self, key: Key, snapshot: Snapshot) -> None:
+        if snapshot.bytes > self.max_bytes // 4:
+            return
+        with self.lock:
+            self.clock += 1
+            snapshot.age = self.clock
+            self.bytes += snapshot.bytes - (self.held[key].bytes if key in self.held else 0)
+            self.held[key] = snapshot
+            while self.bytes > self.max_bytes:
+                worst = min(self.held, key=lambda k: (self.held[k].used > 0, self.held[k].age))
+                self.bytes -= self.held.pop(worst).bytes
+
+
+class _Candidate(Side):
+    """A pruned model's side: starts from the latest snapshot that fits, and leaves its own."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[tuple[Any, ...]],
+        replay: Replay,
+        groups: list[tuple[int, str, tuple[int, ...]]],
+    ) -> None:
+        super().__init__(module, inputs)
+        self.map, self.kept, self.groups = replay.map, replay.kept, groups
+        self.number = {n.name: i for i, n in enumerate(self.nodes)}
+        self.versions = {name: t._version for name, t in self.tensors.items()}
+        cuts = [n.name for n in self.nodes if n.name in self.map.cuts]
+        for name in reversed(cuts):
+            found = self.kept.get(self._key(name)) if self._key(name) in self.kept else None
+            if found is not None and self._restore(name, found):
+                break
+
+    def _key(self, name: str) -> Key:
+        at = self.map.position[name]
+        return name, tuple((g, kept) for first, g, kept in self.groups if first < at)
+
+    def passed(self, name: str) -> bool:
+        """Whether the node of that name has run."""
+        return self.number.get(name, len(self.nodes)) < self.at
+
+    def advance(self) -> None:
+        super().advance()
+        name = self.nodes[self.at].name
+        if name in self.map.cuts and self._key(name) not in self.kept:
+            self._save(name)
+
+    def finish(self) -> list[Any]:
+        """The outputs of all inputs."""
+        while self.nodes[self.at].op != "output":
+            self.advance()
+        results = []
+        for env in self.run.envs:
+            self.run.env = env
+            results.append(self.run.run_node(self.nodes[self.at]))
+        return results
+
+    def _restore(self, name: str, found: Snapshot) -> bool:
+        at = self.number[name]
+        wanted = {n for node in self.nodes[at:] for n in node.all_input_nodes}
+        wanted = {n for n in wanted if self.number[n.name] < at}
+        fetched = {n for n in wanted if n.op == "get_attr"}
+        names = {n.name for n in wanted - fetched}
+        if any(not names <= values.keys() for values in found.values):
+            return False
+        for name, t in found.written.items():
+            self.tensors[name].copy_(t)
+        for i, values in enumerate(found.values):
+            self.run.env = self.run.envs[i]
+            for n in wanted - fetched:
+                self.run.env[n] = _copied(values[n.name])
+            for n in fetched:
+                self.run.env[n] = self.run.run_node(n)
+        self.at = at
+        return True
+
+    def _save(self, name: str) -> None:
+        values, size, seen = [], 0, set()
+        for env in self.run.envs:
+            held = {n.name: v for n, v in env.items() if n.op != "get_attr"}
+            tensors = [t for t in tree_leaves(list(held.values())) if isinstance(t, Tensor)]
+            for t in tensors:
+                if storage_key(t) in self.run.own:
+                    return  # a view of a parameter, which the repair may still change
+                if storage_key(t) not in seen:
+                    seen.add(storage_key(t))
+                    size += t.untyped_storage().nbytes()
+            values.append({n: _copied(v) for n, v in held.items()})
+        at = self.map.position[name]
+        written = {
+            k: t.detach().clone()
+            for k, t in self.tensors.items()
+            if self.map.last.get(k, -1) >= at and t._version != self.versions[k]
+        }
+        self.kept.put(self._key(name), Snapshot(values, written, size))
+
+
+def _copied(value: Any) -> Any:
+    """Tensors as copies: what runs later may write to them."""
+    return tree_map_only(Tensor, lambda t: t.clone(), value)
