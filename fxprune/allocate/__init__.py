@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fxprune.allocate.budget import Bound, bounds
+from fxprune.allocate.chance import chance
+from fxprune.allocate.evolve import evolution
+from fxprune.allocate.greedy import greedy
 from fxprune.allocate.local import local
 from fxprune.allocate.problem import AllocationProblem, Allocator, CostModel, LatencyModel, Prunable
 from fxprune.allocate.ranked import global_threshold, isomorphic
@@ -23,8 +26,11 @@ __all__ = [
     "LatencyModel",
     "Prunable",
     "bounds",
+    "chance",
+    "evolution",
     "get",
     "global_threshold",
+    "greedy",
     "isomorphic",
     "local",
     "names",
@@ -73,3 +79,6 @@ register("uniform")(uniform)
 register("global")(global_threshold)
 register("isomorphic")(isomorphic)
 register("local")(local)
+register("evolution")(evolution)
+register("random")(chance)
+register("greedy")(greedy)

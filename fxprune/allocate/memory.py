@@ -5,17 +5,30 @@ Legend for shapes: F free groups.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from fxprune.allocate.journal import Journal
 from fxprune.allocate.problem import AllocationProblem
 from fxprune.allocate.space import Space
-from fxprune.types import IntArray
+from fxprune.types import IntArray, PrunePlan
 
 
 class Memory:
@@ -26,19 +39,24 @@ class Memory:
                finite) and whether the search moved there
     """
 
-    def __init__(self, space: Space, problem: AllocationProblem) -> None:
+    def __init__(self, space: Space, problem: AllocationProblem, name: str) -> None:
         if problem.fitness is None:
             raise ValueError("a memory of evaluations needs a fitness")
         self.space = space
         self.limit = problem.max_evaluations
         self.trace: list[dict[str, Any]] = []
         self._fitness, self._executor = problem.fitness, problem.executor
+        self._finals, self._max_seconds = problem.finals, problem.max_seconds
         self._known: dict[tuple[int, ...], float] = {}
         self._number: dict[tuple[int, ...], int] = {}
+        self._journal = (
+            Journal(problem.journal, _header(space, problem, name)) if problem.journal else None
+        )
+        self._begin = time.monotonic() - (self._journal.seconds if self._journal else 0.0)
+        self._expired = False
         self._bar = _bar(problem.progress)
-        budget = ", ".join(f"{m} {s:.0%}" for m, s in zip(space.measures, space.share, strict=True))
         self._task = self._bar.add_task(
-            f"local search ({budget})", total=self.limit, fitness="-", best="-"
+            f"{name} search ({_budget(space)})", total=self.limit, fitness="-", best="-"
         )
 
     def __enter__(self) -> Memory:
@@ -52,30 +70,102 @@ class Memory:
         where: TracebackType | None,
     ) -> None:
         self._bar.stop()
+        if self._journal is not None:
+            self._journal.__exit__(kind, error, where)
+
+    @property
+    def seconds(self) -> float:
+        """Since the search began, the runs before it was killed included."""
+        return time.monotonic() - self._begin
 
     @property
     def left(self) -> int:
         """Evaluations that may still be made."""
-        return self.limit - len(self.trace)
+        return 0 if self._expired else self.limit - len(self.trace)
 
     def __contains__(self, state: IntArray) -> bool:
         return key(state) in self._known
 
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], float]]:
+        """All evaluated states with their fitness, in the order of their evaluation."""
+        return iter(self._known.items())
+
+    def stage(self, state: IntArray) -> str:
+        """The stage in which an evaluated state was met."""
+        return str(self.trace[self._number[key(state)]]["stage"])
+
     def evaluate(self, states: Sequence[IntArray], stage: str) -> list[tuple[IntArray, float]]:
-        """Fitness of the states [F], as far as the evaluations last; known ones cost nothing.
+        """Fitness of the states [F], as far as evaluations and time last; known ones cost nothing.
 
         A fitness that is NaN counts as infinitely bad.
         """
         new = {key(s): s for s in states if s not in self}
         new = dict(list(new.items())[: self.left])
-        plans = [self.space.plan(s) for s in new.values()]
-        values = map if self._executor is None else self._executor.map
-        for state, value in zip(new, values(self._fitness, plans), strict=True):
-            self._record(state, float(value), stage)
+        for state, value in self._values(new, "evaluated", self._fitness, stage):
+            self._record(state, value, stage)
         return [(s, self._known[key(s)]) for s in states if s in self]
 
+    def finals(self, states: Sequence[IntArray]) -> list[float]:
+        """The dearer fitness of a few states, lower is better; nothing where there is none."""
+        if self._finals is None:
+            return []
+        new = {key(s): s for s in states}
+        values = dict(self._values(new, "final", self._finals, ""))
+        return [values.get(key(s), math.inf) for s in states]
+
+    def _values(
+        self,
+        states: dict[tuple[int, ...], IntArray],
+        event: str,
+        fitness: Callable[[PrunePlan], float],
+        stage: str,
+    ) -> Iterator[tuple[tuple[int, ...], float]]:
+        """Values of states from the journal, else measured and written there, in order."""
+        counts = {k: tuple(self._counts(s)) for k, s in states.items()}
+        fresh = [k for k in states if not self._journal or self._old(event, counts[k]) is None]
+        measured = self._measured(fitness, [self.space.plan(states[k]) for k in fresh])
+        for k in states:
+            old = self._old(event, counts[k])
+            if old is None or k in fresh:
+                if event == "evaluated" and self._over():
+                    return
+                old = float(next(measured))
+                old = math.inf if math.isnan(old) else old
+                if self._journal is not None:
+                    self._journal.add(event, counts[k], old, self.seconds, stage)
+            yield k, old
+
+    def _over(self) -> bool:
+        """Whether the time is spent; at least one state is evaluated in any case."""
+        late = self._max_seconds is not None and self.seconds >= self._max_seconds
+        self._expired = self._expired or (late and bool(self.trace))
+        return self._expired
+
+    def _measured(
+        self, fitness: Callable[[PrunePlan], float], plans: list[PrunePlan]
+    ) -> Iterator[float]:
+        """Values in the order of the plans; lazily where there is no executor."""
+        done = 0
+        if self._executor is not None and plans and fitness is self._fitness:
+            try:
+                for value in self._executor.map(fitness, plans):
+                    done += 1
+                    yield value
+            except BrokenExecutor as e:
+                self._executor = None
+                warnings.warn(
+                    f"the workers are gone ({e}); the search goes on in this process", stacklevel=2
+                )
+        yield from map(fitness, plans[done:])
+
+    def _counts(self, state: IntArray) -> Iterable[int]:
+        return (int(self.space.table[f, s]) for f, s in enumerate(state))
+
+    def _old(self, event: str, counts: tuple[int, ...]) -> float | None:
+        return None if self._journal is None else self._journal.known(event, counts)
+
     def _record(self, state: tuple[int, ...], value: float, stage: str) -> None:
-        self._known[state] = math.inf if math.isnan(value) else value
+        self._known[state] = value
         self._number[state] = len(self.trace)
         self.trace.append(
             {
@@ -90,12 +180,35 @@ class Memory:
     def accept(self, state: IntArray) -> None:
         """The search moved to this state, which has been evaluated."""
         self.trace[self._number[key(state)]]["accepted"] = True
+        if self._journal is not None:
+            self._journal.add("accepted", tuple(self._counts(state)))
         self._bar.update(self._task, best=f"{self._known[key(state)]:.4g}")
 
 
 def key(state: IntArray) -> tuple[int, ...]:
     """A state as a dictionary key."""
     return tuple(state.tolist())
+
+
+def _budget(space: Space) -> str:
+    return ", ".join(f"{m} {s:.0%}" for m, s in zip(space.measures, space.share, strict=True))
+
+
+def _header(space: Space, problem: AllocationProblem, name: str) -> dict[str, Any]:
+    """``subject`` is a hash of what the fitness of a kept count depends on.
+
+    Budget, seed and limits are not part of it: what is known of a state holds for any search.
+    """
+    names = [space.groups[i].name for i in space.free]
+    orders = [hashlib.sha256(o.tobytes()).hexdigest() for o in space.order]
+    text = json.dumps([problem.identity, names, orders])
+    return {
+        "subject": hashlib.sha256(text.encode()).hexdigest(),
+        "allocation": name,
+        "budget": _budget(space),
+        "seed": problem.seed,
+        "groups": names,
+    }
 
 
 def _bar(shown: bool) -> Progress:
@@ -105,6 +218,8 @@ def _bar(shown: bool) -> Progress:
         MofNCompleteColumn(),
         TextColumn("fitness {task.fields[fitness]}, best {task.fields[best]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not shown,
     )

@@ -4,9 +4,10 @@ The loss of a state is the loss of the uncut model plus one term for each group,
 
     loss(x) = loss(top) + sum_f weight_f * shape_f(x_f),   shape_f = -log(share of the score kept).
 
-The shape comes from the criterion and rises without bound as a group is emptied; the weights are
-what evaluations teach (ridge regression towards one common weight). The model only orders
-neighbours and proposes a start; no state is accepted without being evaluated.
+The shape comes from the criterion and rises without bound as a group is emptied; where a group was
+cut alone, the shape is bent to pass through the losses that were measured. The weights are what
+further evaluations teach (ridge regression towards one common weight). The model only orders
+neighbours and proposes allocations; no state is accepted without being evaluated.
 
 Legend for shapes: F free groups, S steps of the group that has the most, P states, E evaluations.
 """
@@ -17,8 +18,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fxprune.allocate.knapsack import knapsack
 from fxprune.allocate.space import Space
-from fxprune.allocate.spend import falling, spend
+from fxprune.allocate.spend import falling
 from fxprune.types import FloatArray, IntArray
 
 LEAST_SHARE = 1e-6  # kept share of the score below which the loss does not grow any more
@@ -39,6 +41,31 @@ class Sensitivity:
         self.weight = np.ones(len(space.free))
         self.whole = np.nan
         self._seen: dict[tuple[int, ...], float] = {}
+
+    def measure(self, whole: float, alone: Sequence[tuple[IntArray, float]]) -> None:
+        """Take over curves: fitness of the uncut model and of states that cut one group alone.
+
+        Between measured steps, and beyond them, the ratio of the measured loss to the criterion's
+        shape is interpolated. A group that was not cut alone takes the median ratio.
+        """
+        self.whole = whole
+        least = 1e-6 * max((v - whole for _, v in alone if np.isfinite(v)), default=0.0)
+        points: dict[int, dict[int, float]] = {}
+        for state, value in alone:
+            (cut,) = np.flatnonzero(state < self.space.top)
+            if np.isfinite(value) and least > 0:
+                step = int(state[cut])
+                ratio = max(value - whole, least) / max(self.shape[cut, step], 1e-12)
+                points.setdefault(int(cut), {})[step] = ratio
+        every = [r for ratios in points.values() for r in ratios.values()]
+        scale = np.full(self.shape.shape, np.median(every) if every else 1.0)
+        steps = np.arange(self.shape.shape[1])
+        for f, ratios in points.items():
+            known = sorted(ratios)
+            scale[f] = np.interp(steps, known, [ratios[s] for s in known])
+        bent = self.shape * scale
+        self.shape = np.maximum.accumulate(bent[:, ::-1], axis=1)[:, ::-1].copy()
+        self.learn(alone)
 
     def predict(self, states: IntArray) -> FloatArray:
         """[P, F] states -> [P] expected loss above that of the uncut model."""
@@ -92,6 +119,5 @@ class Sensitivity:
         return falling(avoided / (added * price[:, None]))
 
     def proposal(self, at: IntArray) -> IntArray:
-        """The state [F] that the model expects to be best, with prices taken at ``at`` [F]."""
-        state = spend(self.space, self.keys(at))
-        return spend(self.space, self.keys(state))
+        """The state [F] that the model expects to be best; ``at`` [F] holds the budget."""
+        return knapsack(self.space, self.shape * self.weight[:, None], self.keys(at), at)

@@ -1,0 +1,162 @@
+"""What all searches share: the state they stand on, the starts, the finalists, the plan.
+
+A strategy is a function of a :class:`Search`: it visits states until it is content or nothing is
+``left``. Strategies differ in what they visit; evaluations, journal, limits, workers and the choice
+among the finalists are the same for all.
+
+Legend for shapes: F free groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fxprune.allocate.memory import Memory, key
+from fxprune.allocate.problem import AllocationProblem
+from fxprune.allocate.ranked import cluster, global_keys, isomorphic_keys
+from fxprune.allocate.sensitivity import Sensitivity
+from fxprune.allocate.space import Space, space_of
+from fxprune.allocate.spend import spend
+from fxprune.allocate.uniform import uniform_keys
+from fxprune.types import IntArray, PrunePlan
+
+FINALISTS = 4  # states that are compared by the dearer fitness, besides the best start
+
+Strategy: TypeAlias = Callable[["Search"], None]
+
+
+@dataclass
+class Search:
+    """One run: where it stands, what it remembers, what it expects.
+
+    starts  the cheap allocations by name, all within the budget
+    state   [F], the best state within the budget so far; ``fitness`` its fitness
+    found   name of the start that it came from
+    """
+
+    space: Space
+    memory: Memory
+    model: Sensitivity
+    rng: np.random.Generator
+    starts: Mapping[str, IntArray]
+    state: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    fitness: float = np.inf
+    found: str = ""
+
+    def __post_init__(self) -> None:
+        self.found = next(iter(self.starts))
+        self.state = self.starts[self.found]
+
+    def begin(self) -> None:
+        """Stand on the best of the cheap allocations."""
+        for name, state in self.starts.items():
+            if self.visit([state], name):
+                self.found = name
+
+    def visit(self, states: list[IntArray], stage: str) -> bool:
+        """Evaluate states within the budget; move to the best if it beats where we stand."""
+        results = self.memory.evaluate(states, stage)
+        self.model.learn(results)
+        if not results:
+            return False
+        state, fitness = min(results, key=lambda r: r[1])
+        if not fitness < self.fitness:
+            return False
+        self.state, self.fitness = state, fitness
+        self.memory.accept(state)
+        return True
+
+    def best(self, most: int) -> list[IntArray]:
+        """The best states within the budget that were evaluated, best first; the start among them.
+
+        The best cheap start is named in any case: it is what the search has to beat.
+        """
+        known = [(np.array(s, dtype=np.int64), v) for s, v in self.memory if np.isfinite(v)]
+        known = [(s, v) for s, v in known if bool(self.space.holds(s[None])[0])]
+        known.sort(key=lambda r: r[1])
+        chosen = [s for s, _ in known[:most]]
+        started = {key(s) for s in self.starts.values()}
+        first = next((s for s, _ in known if key(s) in started), None)
+        if first is not None and key(first) not in {key(s) for s in chosen}:
+            chosen.append(first)
+        return chosen
+
+
+def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> PrunePlan:
+    """The best allocation that a strategy finds; its cost is within the budget.
+
+    Without a fitness: the cheap allocation with the smallest additive score loss, and
+    ``plan.meta["note"]`` says so. Otherwise ``plan.meta`` has the number of evaluations, seconds,
+    the best fitness, the start, the trace [{evaluation, stage, fitness, accepted}], and the
+    finalists [{stage, fitness, final}] where the problem has a dearer fitness for them: then the
+    plan is the one with the best ``final``.
+    Raises BudgetError where the budget cannot be reached, OutputError for the journal.
+    """
+    space = space_of(problem, overlapping=True)
+    starts = cheap_states(problem, space)
+    if problem.fitness is None:
+        return _by_scores(space, starts, name)
+    with Memory(space, problem, name) as memory:
+        rng = np.random.default_rng(problem.seed)
+        search = Search(space, memory, Sensitivity(space), rng, starts)
+        strategy(search)
+        state, finalists = _final(search)
+    known = dict(memory)
+    fitness = known.get(key(state), np.inf)
+    meta: dict[str, Any] = {
+        "allocation": name,
+        "start": search.found,
+        "seed": problem.seed,
+        "evaluations": len(memory.trace),
+        "fitness": fitness if np.isfinite(fitness) else None,
+        "trace": memory.trace,
+    }
+    if finalists:
+        meta["finalists"] = finalists
+    return space.plan(state, meta)
+
+
+def _final(search: Search) -> tuple[IntArray, list[dict[str, Any]]]:
+    """The state with the best dearer fitness among the best few, and how they compare."""
+    chosen = search.best(FINALISTS)
+    values = search.memory.finals(chosen)
+    if not values or not np.isfinite(min(values)):
+        return search.state, []
+    known = dict(search.memory)
+    told = [
+        {"stage": search.memory.stage(s), "fitness": known[key(s)], "final": v}
+        for s, v in zip(chosen, values, strict=True)
+        if np.isfinite(v)
+    ]
+    return chosen[int(np.argmin(values))], told
+
+
+def cheap_states(problem: AllocationProblem, space: Space) -> dict[str, IntArray]:
+    """The cheap allocations as states [F] of the (wider) space of the search."""
+    cheap = space_of(problem)
+    keys = {
+        "uniform": uniform_keys(cheap),
+        "global": global_keys(cheap),
+        "isomorphic": isomorphic_keys(cheap, cluster(problem.traced, cheap)),
+    }
+    states = {name: spend(cheap, k) for name, k in keys.items()}
+    return {name: space.state(cheap.counts(s[None])[0]) for name, s in states.items()}
+
+
+def _by_scores(space: Space, starts: dict[str, IntArray], name: str) -> PrunePlan:
+    """What can be said without a fitness: the start with the smallest score loss."""
+    losses = Sensitivity(space).predict(np.stack(list(starts.values())))
+    best = list(starts)[int(np.argmin(losses))]
+    meta = {
+        "allocation": name,
+        "start": best,
+        "evaluations": 0,
+        "score_loss": float(losses.min()),
+        "note": f"no fitness was given, so nothing was searched: this is {best!r}, "
+        "the cheap allocation with the smallest additive score loss",
+    }
+    return space.plan(starts[best], meta)
