@@ -156,7 +156,7 @@ def _pruned(
     outcome = None
     if isinstance(mend, LeastSquares):
         measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
-        outcome = best_form(traced, plan, gm, mend, seen, measure)
+        outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
     repaired = outcome.report if outcome else mend(plan, gm) if mend else None
     clock.lap("repair")
     small = as_user_class(traced, plan, gm)

@@ -122,6 +122,21 @@ class LeastSquares:
             note = "too many channels for a regression; only the mean part was repaired"
         return note
 
+    def guess(self, consumer: Consumer, keep: BoolArray) -> Tensor | None:
+        """[g, v, k]: what the solution adds to the kept variables ``keep`` [V] in their places.
+
+        For convolution groups that stay; None where there is no solution for this consumer.
+        """
+        if consumer.weight not in self.consumers:
+            return None
+        solved = self._solve(consumer.weight, consumer, keep)
+        if solved.regression is None:
+            return None
+        groups, kept = solved.kept.shape
+        full = torch.zeros(groups, len(keep) // consumer.groups, kept, dtype=torch.float64)
+        at = solved.removed[:, :, None].expand(-1, -1, kept)
+        return full.scatter_(1, at, solved.regression)
+
     def _solve(self, weight: str, consumer: Consumer, keep: BoolArray) -> Solved:
         known = self.solved.setdefault(weight, {})
         mark = np.packbits(keep).tobytes()

@@ -27,27 +27,23 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxprune.errors import InternalError
 from fxprune.isolate import exact_arithmetic, rng_kept
-from fxprune.moments import CHUNK, MAX_VARIABLES, Layout, input_rows
+from fxprune.moments import MAX_VARIABLES, Layout, input_rows, split_weight
 from fxprune.observe import coverage_of
 from fxprune.products import Product, Watch, as_product, evaluating, storage_key
+from fxprune.regression import Cannot, Pair
 from fxprune.renorm import RepairReport, SideBySide, samples_of, some
-from fxprune.repair import (
-    RIDGE,
-    Solved,
-    Writer,
-    kept_variables,
-    named_tensors,
-    parameter_calls,
-)
-from fxprune.types import BoolArray, Consumer, PrunePlan
+from fxprune.repair import LeastSquares, Writer, kept_variables, named_tensors, parameter_calls
+from fxprune.types import Consumer, PrunePlan
 
 if TYPE_CHECKING:
     from fxprune.traced import Traced
 
-MAX_SAMPLES = 256  # that pass through the models together
+MAX_SAMPLES = 1024  # that pass through the models together
 MAX_BYTES = 2 << 30  # of activations that both models may hold at a time
+PIECE = 32  # samples that run as one batch, at most
+HELD_OUT = 4  # one piece in so many decides on ridges
+SKETCH = 128  # outputs, or random mixtures of outputs, on which a ridge is judged
 
 
 def repair_sequential(
@@ -56,16 +52,23 @@ def repair_sequential(
     module: fx.GraphModule,
     batches: Iterable[Any],
     *,
-    ridge: float = RIDGE,
+    held_out: Iterable[Any] | None = None,
+    once: LeastSquares | None = None,
+    ridge: float | None = None,
     max_samples: int = MAX_SAMPLES,
     max_bytes: int = MAX_BYTES,
 ) -> RepairReport:
     """Sequential least squares; ``module``, the cut of ``plan``, changes in place.
 
     batches      each a tensor or a tuple of positional inputs, first dim the samples
-    ridge        lambda, as a share of the mean variance of the kept inputs
-    max_samples  of the batches that are used; fewer where ``max_bytes`` of live activations of both
-                 models together do not suffice for them
+    held_out     samples that choose, for each consumer, its ridge and its first guess, and take no
+                 part in the fit; None: the last quarter of ``batches`` chooses, and then takes part
+    once         the one-shot form, whose solution is then one of the first guesses; it must not
+                 have seen the samples that choose
+    ridge        lambda, as a share of the mean variance of the kept inputs; None: chosen
+    max_samples  of the batches that are used
+    max_bytes    of live activations of both models together: where a sample holds much (early
+                 layers of a large image) fewer take part, the others join in further down
 
     Consumers that cannot be treated keep the weights that they have in ``module`` (those of the
     cut, or of the one-shot form where that ran before) and are reported with the reason. Costs
@@ -73,13 +76,74 @@ def repair_sequential(
 
     Raises DataError where there is no sample, InternalError where plan and module do not fit.
     """
-    inputs = some(batches, max_samples)
+    waiting = _pieces(some(batches, max_samples), held_out)
+    original, pruned = Side(traced.graph_module, []), Side(module, [])
     with rng_kept(), exact_arithmetic(), evaluating(traced.graph_module), evaluating(module):
-        fits = max_bytes // max(1, 2 * live_bytes(traced.graph_module, inputs[0]))
-        inputs = some(inputs, max(1, min(max_samples, fits)))
-        walk = Walk(traced, plan, Side(traced.graph_module, inputs), Side(module, inputs), ridge)
+        held = live_profile(traced.graph_module, waiting[0].inputs)
+        most = {name: max_bytes // max(1, 2 * n) for name, n in held.items()}
+        walk = Walk(traced, plan, original, pruned, ridge)
+        walk.queue, walk.once, walk.refit = Queue(waiting, most), once, held_out is None
         walk.run()
     return RepairReport(tuple(walk.repaired), walk.skipped)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Inputs of some samples; fold 1 decides on ridges, fold 0 does not."""
+
+    inputs: tuple[Any, ...]
+    fold: int
+
+
+@dataclass
+class Queue:
+    """Pieces that have not started yet; ``most``: node name -> samples allowed at a time there."""
+
+    waiting: list[Piece]
+    most: Mapping[str, int]
+
+    def next(self, node: str, samples: int) -> Piece | None:
+        """The next piece, where ``samples`` that have reached ``node`` leave room for it."""
+        if not self.waiting:
+            return None
+        room = self.most.get(node, 0) - samples
+        count = samples_of(self.waiting[0].inputs)
+        if samples and room < count:
+            return None
+        piece = self.waiting.pop(0)
+        if room < count:  # the first one, however little room there is
+            return Piece(some([piece.inputs], max(1, room))[0], piece.fold)
+        return piece
+
+
+def _pieces(inputs: Sequence[tuple[Any, ...]], held_out: Iterable[Any] | None) -> list[Piece]:
+    """Small batches of both folds, evenly mixed; fold 0 first.
+
+    Without ``held_out`` the last quarter of the samples is fold 1.
+    """
+    fitted = [p for batch in inputs for p in _split(batch)]
+    if held_out is None:
+        first = len(fitted) - len(fitted) // HELD_OUT
+        fitted, chosen = fitted[:first], fitted[first:]
+    else:
+        chosen = [p for batch in some(held_out, MAX_SAMPLES) for p in _split(batch)]
+    at = [(i + 0.5) / len(fitted) for i in range(len(fitted))]
+    at += [(i + 1.0) / len(chosen) for i in range(len(chosen))]
+    folds = [0] * len(fitted) + [1] * len(chosen)
+    order = sorted(range(len(at)), key=lambda i: at[i])
+    return [Piece((fitted + chosen)[i], folds[i]) for i in order]
+
+
+def _split(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """A batch as batches of at most PIECE samples."""
+    samples = samples_of(batch)
+    if samples <= PIECE:
+        return [batch]
+    whole = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == samples for x in batch]
+    return [
+        tuple(x[i : i + PIECE] if w else x for x, w in zip(batch, whole, strict=True))
+        for i in range(0, samples, PIECE)
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,17 +162,19 @@ def best_form(
     once: Callable[[PrunePlan, fx.GraphModule], RepairReport],
     batches: Iterable[Any],
     measure: Callable[[fx.GraphModule], float],
+    held_out: Iterable[Any] | None = None,
 ) -> Outcome:
     """The one-shot form, then the sequential one on top; the better of both stays in ``module``.
 
     ``once`` is the one-shot repair; ``measure`` a fitness of the repaired module on samples that
-    the repair has not seen, lower is better. Consumers that the sequential form cannot treat keep
-    what the one-shot form made of them.
+    the repair has not seen, lower is better; ``held_out``: see :func:`repair_sequential`.
+    Consumers that the sequential form cannot treat keep what the one-shot form made of them.
     """
     report = once(plan, module)
     held = {name: t.detach().clone() for name, t in module.state_dict().items()}
     fitness = {"one-shot": measure(module)}
-    sequential = repair_sequential(traced, plan, module, batches)
+    guess = once if isinstance(once, LeastSquares) else None
+    sequential = repair_sequential(traced, plan, module, batches, held_out=held_out, once=guess)
     fitness["sequential"] = measure(module)
     if fitness["sequential"] <= fitness["one-shot"]:
         return Outcome("sequential", sequential, fitness)
@@ -118,29 +184,34 @@ def best_form(
     return Outcome("one-shot", report, fitness)
 
 
-def live_bytes(module: fx.GraphModule, inputs: tuple[Any, ...]) -> int:
-    """Most bytes of activations that one sample of a batch holds between two nodes."""
+def live_profile(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, int]:
+    """Node name -> most bytes of activations that one sample holds from that node on."""
     run = SideBySide(module, [inputs])
-    most = 0
+    held: dict[str, int] = {}
     for node in module.graph.nodes:
         if node.op == "output":
             break
         run.step(node, 0)
-        held = torch.utils._pytree.tree_leaves(list(run.envs[0].values()))
-        tensors = [t for t in held if isinstance(t, Tensor)]
+        found = torch.utils._pytree.tree_leaves(list(run.envs[0].values()))
+        tensors = [t for t in found if isinstance(t, Tensor)]
         alive = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
-        most = max(most, sum(n for key, n in alive.items() if key not in run.own))
-    return -(-most // samples_of(inputs))
-
-
-class Cannot(Exception):
-    """Why a consumer cannot be treated; never reaches a caller."""
+        held[node.name] = sum(n for key, n in alive.items() if key not in run.own)
+    most, samples = 0, samples_of(inputs)
+    for name in reversed(held):
+        most = max(most, held[name])
+        held[name] = -(-most // samples)
+    return held
 
 
 class Walk:
     """One pass of both models; ``repaired`` and ``skipped`` are its result.
 
     ``pruned`` may hold more inputs than ``original``: they pass too, and take no part in the fit.
+    Of the inputs that the original holds already, the last quarter chooses ridges.
+
+    queue  samples that start when there is room for them
+    once   gives first guesses
+    refit  whether the samples that choose take part in the fit
     """
 
     def __init__(
@@ -149,11 +220,17 @@ class Walk:
         plan: PrunePlan,
         original: Observed,
         pruned: Side,
-        ridge: float = RIDGE,
+        ridge: float | None = None,
     ) -> None:
         self.traced, self.ridge = traced, ridge
         self.masks = traced.masks(plan)
         self.original, self.pruned = original, pruned
+        self.queue: Queue | None = None
+        self.once: LeastSquares | None = None
+        self.refit = True
+        sizes = np.cumsum(original.sizes)
+        starts = (sizes - original.sizes).tolist()
+        self.folds = [int(n >= sizes[-1] * (1 - 1 / HELD_OUT)) for n in starts]
         self.weights, self.targets = named_tensors(traced.graph_module), pruned.tensors
         self.calls = parameter_calls(traced.graph_module)
         self.sharing: dict[str, list[Consumer]] = {}
@@ -174,6 +251,7 @@ class Walk:
             self.check(consumer)
             self.original.reach(consumer.node)
             self.pruned.reach(consumer.node)
+            self._admit(consumer.node)
             self._treat(consumer)
         except Cannot as reason:
             self.skipped[consumer.key] = str(reason)
@@ -189,6 +267,16 @@ class Walk:
         if Layout.of(consumer).variables // consumer.groups > MAX_VARIABLES:
             raise Cannot(f"more than {MAX_VARIABLES} channels")
 
+    def _admit(self, node: str) -> None:
+        """Samples for which there is room now start, and come to where the others are."""
+        while self.queue is not None:
+            piece = self.queue.next(node, sum(self.original.sizes))
+            if piece is None:
+                return
+            self.original.join(piece.inputs)
+            self.pruned.join(piece.inputs)
+            self.folds.append(piece.fold)
+
     def _treat(self, consumer: Consumer) -> None:
         layout = Layout.of(consumer)
         keep = kept_variables(consumer, layout, self.masks[consumer.classes])
@@ -197,11 +285,30 @@ class Walk:
         if pair.unchanged:
             return
         place = self.writer.place([consumer], self.targets)
-        solved = pair.solve(self.ridge, centred=not isinstance(place, str))
+        outputs = self._outputs(consumer, layout, coverage, pair)
+        guess = None if self.once is None else self.once.guess(consumer, keep)
+        guesses = () if guess is None else (guess,)
+        centred = not isinstance(place, str)
+        solved = pair.solve(self.ridge, centred, outputs, guesses, refit=self.refit)
         self.writer.write([consumer], solved, layout, coverage, self.masks, self.targets)
         self.repaired.append(consumer.key)
         if isinstance(place, str):
             self.skipped[consumer.key] = f"{place}; fitted without a mean part"
+
+    def _outputs(self, consumer: Consumer, layout: Layout, coverage: Tensor, pair: Pair) -> Tensor:
+        """[g, f, v] rows of the weight, each tap by the root of its coverage; or mixtures of them.
+
+        f is at most SKETCH: random signs keep squared errors right on average.
+        """
+        blocks = split_weight(consumer, self.weights[consumer.weight], layout)
+        blocks = blocks.cpu()[pair.alive].double() * coverage.sqrt()
+        rows = blocks.transpose(2, 3).flatten(1, 2)
+        if rows.shape[1] <= SKETCH:
+            return rows
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        signs = torch.randint(0, 2, (SKETCH, rows.shape[1]), generator=generator) * 2 - 1
+        mixed: Tensor = signs.double() @ rows / SKETCH**0.5
+        return mixed
 
     def _measure(self, consumer: Consumer, layout: Layout, pair: Pair) -> Tensor:
         """Gather both models' inputs to ``consumer``; how often its taps meet them, [T]."""
@@ -211,7 +318,7 @@ class Walk:
             cut = self.pruned.rows(consumer, smaller, i)
             if full.extent != cut.extent:
                 raise Cannot("the rows of its input are not the same in both models")
-            pair.add(full.values, cut.values)
+            pair.add(full.values, cut.values, self.folds[i])
         return self.original.coverage(consumer)
 
 
@@ -282,6 +389,14 @@ class Side:
             self.run.step(self.nodes[self.at], i)
         self.at += 1
 
+    def join(self, inputs: tuple[Any, ...]) -> None:
+        """One more batch, run up to where the others are."""
+        self.run.envs.append({})
+        self.run.sources.append(iter(inputs))
+        self.sizes.append(samples_of(inputs))
+        for node in self.nodes[: self.at]:
+            self.run.step(node, len(self.sizes) - 1)
+
     def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
         """What enters ``consumer``, in the node that was reached. Raises Cannot."""
         mode = _Stop(self.run.own, consumer.key)
@@ -315,73 +430,3 @@ class Side:
         with mode:
             self.run.attempt(self.nodes[self.at], 0)
         return found[0]
-
-
-class Pair:
-    """Moments of the kept inputs X' and of what they leave of the original's, X - E X'; float64.
-
-    ``keep`` [groups, v]: the original's variables that are kept. A convolution group that keeps
-    nothing is gone; the others keep equally many.
-    """
-
-    def __init__(self, keep: BoolArray) -> None:
-        self.keep = keep
-        count = keep.sum(1)
-        self.alive = torch.from_numpy(np.flatnonzero(count))
-        widths = set(count[count > 0].tolist())
-        if len(widths) != 1:
-            raise Cannot(f"its convolution groups keep different numbers of inputs: {widths}")
-        order = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable"))
-        self.kept = order[self.alive, : widths.pop()]
-        self.total = 0
-        self.unchanged = True
-        self.shifts: tuple[Tensor, Tensor] | None = None
-        self.sums: list[Tensor] = []
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows of the original's input [S, V] and of the pruned model's [S, V']."""
-        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-        kept = self.kept.to(x.device)
-        y = y.unflatten(1, kept.shape)
-        rest = x.unflatten(1, self.keep.shape)[:, self.alive.to(x.device)].clone()
-        rest.scatter_add_(2, kept.expand(len(rest), -1, -1), -y)
-        if self.shifts is None:
-            self.shifts = rest.mean(0), y.mean(0)
-        self.unchanged = self.unchanged and not bool(rest.any())
-        rest, y = rest - self.shifts[0], y - self.shifts[1]
-        for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
-            parts = [
-                r.sum(0),
-                k.sum(0),
-                torch.einsum("sgv,sgk->gvk", r, k),
-                torch.einsum("sgi,sgk->gik", k, k),
-            ]
-            wide = [p.double().cpu() for p in parts]
-            self.sums = [a + b for a, b in zip(self.sums, wide, strict=True)] if self.sums else wide
-        self.total += len(rest)
-
-    def solve(self, ridge: float, centred: bool) -> Solved:
-        """D [g, v, k] and the mean that it leaves [g, v]; for all variables, the kept ones too."""
-        if self.shifts is None:
-            raise InternalError("a regression without a row")
-        rest, mean, across, inside = (s / self.total for s in self.sums)
-        across = across - rest[:, :, None] * mean[:, None]
-        inside = inside - mean[:, :, None] * mean[:, None]
-        rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
-        if not centred:
-            across = across + rest[:, :, None] * mean[:, None]
-            inside = inside + mean[:, :, None] * mean[:, None]
-        level = inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * ridge
-        inside.diagonal(dim1=1, dim2=2).add_(level[:, None])
-        factor, failed = torch.linalg.cholesky_ex(inside)
-        if bool(failed.any()):
-            found = across @ torch.linalg.pinv(inside, hermitian=True)
-        else:
-            found = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
-        offset = rest - (found @ mean[:, :, None])[:, :, 0]
-        if not bool(found.isfinite().all()):
-            raise Cannot("the moments of its input are not finite")
-        every = torch.arange(self.keep.shape[1]).expand(len(self.alive), -1)
-        return Solved(
-            self.alive, self.kept, every, found, offset if centred else torch.zeros_like(offset)
-        )

@@ -26,6 +26,7 @@ ORDER = [
         "criteria",
         "renorm",
         "repair",
+        "regression",
         "sequential",
         "replay",
         "fitness",

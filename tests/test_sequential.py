@@ -20,7 +20,7 @@ from fxprune.observe import observe
 from fxprune.pipeline import prune
 from fxprune.renorm import RepairReport
 from fxprune.repair import LeastSquares
-from fxprune.sequential import best_form, live_bytes, repair_sequential
+from fxprune.sequential import best_form, live_profile, repair_sequential
 from fxprune.traced import Traced, trace
 from fxprune.types import ChannelGroup, PrunePlan
 
@@ -397,11 +397,12 @@ def test_samples_follow_the_memory_that_is_allowed() -> None:
     """Between two nodes a sample holds at most the 6 doubles of the hidden layer, in each model."""
     model, traced = make(lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), 1, 5)
     batch = data(30, 5)
-    assert live_bytes(traced.graph_module, (batch,)) == 6 * 8
+    profile = live_profile(traced.graph_module, (batch,))
+    assert max(profile.values()) == 6 * 8
     plan = without(traced, {"0.weight": (3,)})
     allowed, first = cut(traced, plan), cut(traced, plan)
-    repair_sequential(traced, plan, allowed, [batch], max_bytes=12 * 2 * 6 * 8)
-    repair_sequential(traced, plan, first, [batch[:12]])
+    repair_sequential(traced, plan, allowed, [batch], ridge=TINY, max_bytes=12 * 2 * 6 * 8)
+    repair_sequential(traced, plan, first, [batch[:12]], ridge=TINY)
     assert torch.equal(allowed.get_submodule("1").weight, first.get_submodule("1").weight)
     assert model[1].weight.shape == (4, 6)
 

@@ -1,0 +1,191 @@
+"""The original's inputs of a consumer, regressed on those of the pruned model; the ridge is chosen.
+
+With X the original's input, X' the pruned model's and B X' a first guess (the kept channels in
+their places, and what the one-shot form makes of the removed ones), find D that is best in
+
+    | W (X - (B + D) X') |^2 + lambda |W D|^2,    D = S_(X - B X'),X' (S_X'X' + lambda I)^-1.
+
+How large lambda has to be depends on how many samples speak for how many channels, and differs from
+layer to layer by a factor of 1,000. So lambda and the guess are chosen by the error that they leave
+at the consumer's *output* on samples that take no part in the fit. Leaving the weights of the cut
+alone is one of the choices: a repair that makes its layer worse on new samples is dropped.
+
+Legend for shapes: S rows (samples x positions), g convolution groups that stay, v variables of each
+in the original, k of them kept; f outputs, or mixtures of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.errors import InternalError
+from fxprune.moments import CHUNK
+from fxprune.repair import RIDGE, Solved
+from fxprune.types import BoolArray
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried, as shares of the mean variance of the kept inputs
+Sums: TypeAlias = list[Tensor]
+
+
+class Cannot(Exception):
+    """Why a consumer cannot be treated; never reaches a caller."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Moments over ``count`` rows, float64.
+
+    rest [g, v], mean [g, k]: the means of X - E X' and of X'; across [g, v, k], inside [g, k, k]:
+    their second moments, about the means or about zero.
+    """
+
+    count: int
+    rest: Tensor
+    mean: Tensor
+    across: Tensor
+    inside: Tensor
+
+    def about(self, guess: Tensor | None) -> Tensor:
+        """The moments of X - (E + guess) X' with X' [g, v, k]."""
+        return self.across if guess is None else self.across - guess @ self.inside
+
+    def ridged(self, ridge: float) -> Tensor:
+        level = self.inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * ridge
+        ridged: Tensor = self.inside + torch.diag_embed(level[:, None].expand(self.mean.shape))
+        return ridged
+
+    def fit(self, ridge: float, guess: Tensor | None) -> Tensor:
+        """``guess`` + D [g, v, k]."""
+        across = self.about(guess)
+        inside = self.ridged(ridge)
+        factor, failed = torch.linalg.cholesky_ex(inside)
+        if bool(failed.any()):
+            found = across @ torch.linalg.pinv(inside, hermitian=True)
+        else:
+            found = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
+        total: Tensor = found if guess is None else guess + found
+        return total
+
+    def seen_by(self, outputs: Tensor) -> Joint:
+        """The same for ``outputs`` [g, f, v] of X - E X', in the place of its variables."""
+        rest = (outputs @ self.rest[:, :, None])[:, :, 0]
+        return Joint(self.count, rest, self.mean, outputs @ self.across, self.inside)
+
+    def error(self, found: Tensor) -> float:
+        """|X - (E + found) X'|^2 less |X - E X'|^2."""
+        return float((found * (found @ self.inside - 2 * self.across)).sum())
+
+
+class Pair:
+    """Streaming moments of X' and of X - E X', in two folds; products float32, sums float64.
+
+    ``keep`` [groups, v]: the original's variables that are kept. A convolution group that keeps
+    nothing is gone; the others keep equally many. ``unchanged``: whether X = E X' in every row.
+    """
+
+    def __init__(self, keep: BoolArray) -> None:
+        self.keep = keep
+        count = keep.sum(1)
+        self.alive = torch.from_numpy(np.flatnonzero(count))
+        widths = set(count[count > 0].tolist())
+        if len(widths) != 1:
+            raise Cannot(f"its convolution groups keep different numbers of inputs: {widths}")
+        order = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable"))
+        self.kept = order[self.alive, : widths.pop()]
+        self.unchanged = True
+        self.shifts: tuple[Tensor, Tensor] | None = None
+        self.sums: tuple[Sums, Sums] = ([], [])
+        self.counts = [0, 0]
+
+    def add(self, x: Tensor, y: Tensor, fold: int = 0) -> None:
+        """Rows of the original's input [S, V] and of the pruned model's [S, V']; 1: held out."""
+        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
+        kept = self.kept.to(x.device)
+        y = y.unflatten(1, kept.shape)
+        rest = x.unflatten(1, self.keep.shape)[:, self.alive.to(x.device)].clone()
+        rest.scatter_add_(2, kept.expand(len(rest), -1, -1), -y)
+        if self.shifts is None:
+            self.shifts = rest.mean(0), y.mean(0)
+        self.unchanged = self.unchanged and not bool(rest.any())
+        rest, y = rest - self.shifts[0], y - self.shifts[1]
+        sums = self.sums[fold]
+        for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
+            parts = [
+                r.sum(0),
+                k.sum(0),
+                torch.einsum("sgv,sgk->gvk", r, k),
+                torch.einsum("sgi,sgk->gik", k, k),
+            ]
+            wide = [p.double().cpu() for p in parts]
+            sums[:] = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
+        self.counts[fold] += len(rest)
+
+    def solve(
+        self,
+        ridge: float | None,
+        centred: bool,
+        outputs: Tensor | None = None,
+        guesses: Sequence[Tensor] = (),
+        refit: bool = True,
+    ) -> Solved:
+        """D [g, v, k] and the mean that it leaves [g, v]; for all variables, the kept ones too.
+
+        ridge     None: chosen on the second fold, with the guess, by the error of ``outputs``
+        outputs   [g, f, v]: what the consumer, or a sketch of it, makes of the variables
+        guesses   [g, v, k], added to E; where nothing is chosen the last one counts
+        refit     whether the rows of the second fold take part once the choice is made
+        """
+        whole = self._joint((0, 1) if refit or self.counts[0] == 0 else (0,), centred)
+        guess: Tensor | None = guesses[-1] if guesses else None
+        if ridge is not None or outputs is None or min(self.counts) == 0:
+            found = whole.fit(RIDGE if ridge is None else ridge, guess)
+        else:
+            ridge, guess = self._chosen(centred, outputs, guesses)
+            if ridge is not None:
+                found = whole.fit(ridge, guess)
+            else:
+                found = torch.zeros_like(whole.across) if guess is None else guess
+        if not bool(found.isfinite().all()):
+            raise Cannot("the moments of its input are not finite")
+        offset = whole.rest - (found @ whole.mean[:, :, None])[:, :, 0]
+        every = torch.arange(self.keep.shape[1]).expand(len(self.alive), -1)
+        return Solved(
+            self.alive, self.kept, every, found, offset if centred else torch.zeros_like(offset)
+        )
+
+    def _chosen(
+        self, centred: bool, outputs: Tensor, guesses: Sequence[Tensor]
+    ) -> tuple[float | None, Tensor | None]:
+        """The ridge (None: the guess as it is) and the guess (None: none) of least error."""
+        fitted = self._joint((0,), centred).seen_by(outputs)
+        held = self._joint((1,), centred).seen_by(outputs)
+        best: tuple[float, float | None, Tensor | None] = (0.0, None, None)  # E X' as it is
+        for guess in (None, *guesses):
+            seen = torch.zeros_like(held.across) if guess is None else outputs @ guess
+            tried: list[float | None] = [None, *RIDGES]
+            for ridge in tried:
+                error = held.error(seen if ridge is None else fitted.fit(ridge, seen))
+                if error < best[0]:
+                    best = error, ridge, guess
+        return best[1:]
+
+    def _joint(self, folds: Sequence[int], centred: bool) -> Joint:
+        if self.shifts is None:
+            raise InternalError("a regression without a row")
+        count = sum(self.counts[f] for f in folds)
+        parts = [self.sums[f] for f in folds if self.counts[f]]
+        total = [torch.stack(p).sum(0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
+        rest, mean, across, inside = (s / count for s in total)
+        across = across - rest[:, :, None] * mean[:, None]
+        inside = inside - mean[:, :, None] * mean[:, None]
+        rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
+        if not centred:
+            across = across + rest[:, :, None] * mean[:, None]
+            inside = inside + mean[:, :, None] * mean[:, None]
+        return Joint(count, rest, mean, across, inside)
