@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fxprune"
 
 ORDER = [
     # the ground
-    *("errors", "isolate", "types", "products", "attention"),
+    *("errors", "isolate", "progress", "types", "products", "attention"),
     # the engine
     *("tracing", "coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it
@@ -30,6 +30,8 @@ ORDER = [
         "sequential",
         "replay",
         "fitness",
+        "imitate",
+        "distill",
         "allocate",
     ),
     *("export", "checkpoint", "report"),

@@ -1,0 +1,257 @@
+"""repair="distill": a short distillation from the original on the calibration data, no labels.
+
+After least squares, a few hundred steps of gradient descent draw the pruned model's outputs and
+inner features (:mod:`fxprune.imitate`) to the original's. Batch normalisation stays in eval mode:
+its statistics do not move, since calibration data is rarely the training distribution; its scale
+and shift do. Few samples are fitted too well soon, so most batches are mixtures of two samples
+(mixup, Zhang et al., 2018), for which the original says what it gives, and of all states that were
+measured on held-out samples the best stays: never a worse one than least squares left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import SpecError
+from fxprune.imitate import Point, Target, points, tapped
+from fxprune.isolate import rng_kept
+from fxprune.products import evaluating
+from fxprune.progress import bar
+from fxprune.renorm import samples_of, some
+from fxprune.traced import Traced
+from fxprune.types import PrunePlan
+
+WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
+GRADIENT_NORM = 1.0  # longer gradients are clipped
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Options of ``repair="distill"``; give it as ``repair=Distillation(steps=1000)``.
+
+    steps       of the optimiser, each one batch
+    lr          highest learning rate of Adam
+    batch_size  samples of each step
+    features    weight of the inner features against the outputs; 0: outputs alone
+    mix         share of the batches that are mixtures of two samples; inputs of whole numbers
+                (tokens) are never mixed
+    checks      how often the held-out samples are measured
+    """
+
+    steps: int = 300
+    lr: float = 1e-3
+    batch_size: int = 32
+    features: float = 1.0
+    mix: float = 0.75
+    checks: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SpecError(f"distillation: {name} must be a whole number from 1, got {value}")
+        for name, most in (("lr", math.inf), ("features", math.inf), ("mix", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
+                limit = "" if most == math.inf else f" and at most {most:g}"
+                raise SpecError(f"distillation: {name} must be at least 0{limit}, got {value}")
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What :func:`distill` did.
+
+    before, after  the measure on held-out samples, lower is better; after <= before
+    best_step      the step whose state stays; 0: none was better
+    curve          (step, measure) of every check
+    points         nodes whose features were compared
+    """
+
+    before: float
+    after: float
+    best_step: int
+    curve: tuple[tuple[int, float], ...]
+    points: tuple[str, ...]
+    steps: int
+    seconds: float
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For result.json."""
+        return {
+            "fitness": {"before": self.before, "after": self.after},
+            "best_step": self.best_step,
+            "steps": self.steps,
+            "points": list(self.points),
+            "curve": [list(c) for c in self.curve],
+            "seconds": round(self.seconds, 2),
+            **({"note": self.note} if self.note else {}),
+        }
+
+
+def distill(
+    traced: Traced,
+    plan: PrunePlan,
+    module: fx.GraphModule,
+    batches: Iterable[Any],
+    measure: Callable[[fx.GraphModule], float],
+    options: Distillation | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> DistillReport:
+    """Draw ``module``, the cut of ``plan``, to the original; its weights change in place.
+
+    batches  each a tensor or a tuple of positional inputs, first dim the samples
+    measure  fitness of the module in eval mode on samples that are not in ``batches``, lower is
+             better; asked ``options.checks`` times
+
+    Deterministic for a seed; global RNG states and ``requires_grad`` are put back.
+    Raises DataError where there is no sample, ModelError where there is no output to compare.
+    """
+    o = options or Distillation()
+    inputs = some(batches, 1 << 62)
+    with rng_kept(seed), evaluating(traced.graph_module), evaluating(module):
+        run = _Run(traced, plan, module, o)
+        with _learning(run.parameters), bar(progress) as shown:
+            return run.run(_Samples(inputs, o, seed), measure, shown)
+
+
+class _Samples:
+    """Batches without end: every sample once in a seeded order, then again in another."""
+
+    def __init__(self, batches: Sequence[tuple[Any, ...]], o: Distillation, seed: int) -> None:
+        self.batches, self.mix = batches, o.mix
+        self.where = [(b, i) for b, batch in enumerate(batches) for i in range(samples_of(batch))]
+        self.size = min(o.batch_size, len(self.where))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        queue: list[int] = []
+        while True:
+            while len(queue) < self.size:
+                queue += torch.randperm(len(self.where), generator=self.generator).tolist()
+            taken, queue = queue[: self.size], queue[self.size :]
+            yield self._mixed(self._batch(taken))
+
+    def _batch(self, taken: Sequence[int]) -> tuple[Any, ...]:
+        """Values that are no tensors, or do not go by samples, are those of the first batch."""
+        first = self.batches[0]
+        made: list[Any] = []
+        for k, value in enumerate(first):
+            if isinstance(value, Tensor) and value.ndim and len(value) == samples_of(first):
+                where = [self.where[i] for i in taken]
+                made.append(torch.stack([self.batches[b][k][i] for b, i in where]))
+            else:
+                made.append(value)
+        return tuple(made)
+
+    def _mixed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Each sample and another one of the batch, in shares of its own."""
+        n = samples_of(batch)
+        if float(torch.rand((), generator=self.generator)) >= self.mix or n < 2:
+            return batch
+        shift = int(torch.randint(1, n, (), generator=self.generator))
+        share = torch.rand(n, generator=self.generator) * 0.5
+        return tuple(
+            x + share.to(x).view(-1, *[1] * (x.ndim - 1)) * (x.roll(shift, 0) - x)
+            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and len(x) == n
+            else x
+            for x in batch
+        )
+
+
+class _Run:
+    """One distillation: both models with their taps, the optimiser, the best state."""
+
+    def __init__(
+        self, traced: Traced, plan: PrunePlan, module: fx.GraphModule, o: Distillation
+    ) -> None:
+        own = {n.name for n in module.graph.nodes}
+        found = points(traced, plan) if o.features else ()
+        self.points: tuple[Point, ...] = tuple(p for p in found if p.node in own)
+        names = [p.node for p in self.points]
+        self.teacher = tapped(traced.graph_module, names)
+        self.student = tapped(module, names)
+        self.module, self.o = module, o
+        self.best = {k: t.clone() for k, t in module.state_dict().items()}
+        self.parameters = [p for p in module.parameters() if p.is_floating_point()]
+
+    def loss(self, batch: tuple[Any, ...]) -> Tensor:
+        with torch.no_grad():
+            output, features = self.teacher(*batch)
+            target = Target.of(output)
+        with torch.enable_grad():
+            given, own = self.student(*batch)
+            loss = target.loss(given)
+            pairs = zip(self.points, features, own, strict=True)
+            errors = [p.loss(x, y) for p, x, y in pairs]
+            return loss + self.o.features * torch.stack(errors).mean() if errors else loss
+
+    def run(
+        self, samples: _Samples, measure: Callable[[fx.GraphModule], float], shown: Any
+    ) -> DistillReport:
+        o, start = self.o, time.perf_counter()
+        curve = [(0, measure(self.module))]
+        task = shown.add_task("distill", total=o.steps, note="")
+        optimizer = torch.optim.Adam(self.parameters, o.lr)
+        every = max(1, o.steps // o.checks)
+        best, note, step = curve[0], "", 0
+        for step, batch in zip(range(1, o.steps + 1), samples, strict=False):
+            loss = self.loss(batch)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                note = f"the loss was {value} at step {step}; it ended there"
+                break
+            optimizer.param_groups[0]["lr"] = o.lr * _share(step, o.steps)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+            optimizer.step()
+            shown.update(task, advance=1, note=f"loss {value:.4f}")
+            if step % every == 0 or step == o.steps:
+                curve.append((step, measure(self.module)))
+                if curve[-1][1] < best[1]:
+                    best = curve[-1]
+                    self.best = {k: t.clone() for k, t in self.module.state_dict().items()}
+        self._put_back()
+        names = tuple(p.node for p in self.points)
+        seconds = time.perf_counter() - start
+        return DistillReport(
+            curve[0][1], best[1], best[0], tuple(curve), names, step, seconds, note
+        )
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for k, t in self.module.state_dict().items():
+                t.copy_(self.best[k])
+
+
+@contextmanager
+def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """All parameters learn inside the block; flags and gradients are as before after it."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.grad = None
+            p.requires_grad_(flag)
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the highest learning rate, for step 1..steps: a linear rise, then half a cosine."""
+    rise = max(1, round(WARM_UP * steps))
+    if step <= rise:
+        return step / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
