@@ -6,23 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxprune.distill import Distillation
     from fxprune.errors import FxpruneError
     from fxprune.export import ExportReport, export_onnx
     from fxprune.pipeline import PruneResult, apply, load, prune
     from fxprune.traced import Traced, trace
+    from fxprune.tune import TuneResult, Tuning, finetune
     from fxprune.types import Budget, ChannelGroup, Cost, PrunePlan
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "ChannelGroup", "Cost", "ExportReport", "FxpruneError", "PrunePlan", "PruneResult",
-    "Traced", "__version__", "apply", "export_onnx", "load", "prune", "trace",
+    "Budget", "ChannelGroup", "Cost", "Distillation", "ExportReport", "FxpruneError",
+    "PrunePlan", "PruneResult", "Traced", "TuneResult", "Tuning", "__version__", "apply",
+    "export_onnx", "finetune", "load", "prune", "trace",
 ]  # fmt: skip
 
 _HOMES = {
+    "distill": ("Distillation",),
     "errors": ("FxpruneError",),
     "export": ("ExportReport", "export_onnx"),
     "pipeline": ("PruneResult", "apply", "load", "prune"),
     "traced": ("Traced", "trace"),
+    "tune": ("TuneResult", "Tuning", "finetune"),
     "types": ("Budget", "ChannelGroup", "Cost", "PrunePlan"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -98,7 +98,7 @@ def calibration_batches(
     batches: list[Batch] = []
     samples = 0
     with _untouched(data, seed):
-        for i, item in enumerate(_guarded(data)):
+        for i, item in enumerate(guarded(data)):
             batch = _check(_select(item, examples, i), examples, i)
             for part in _split(batch, examples, min(batch_size, limit - samples), limit - samples):
                 batches.append(part)
@@ -113,7 +113,7 @@ def calibration_batches(
     return Calibration(tuple(batches), samples)
 
 
-def _guarded(data: Iterable[Any]) -> Iterator[Any]:
+def guarded(data: Iterable[Any]) -> Iterator[Any]:
     """Iterate; what the loader raises becomes a DataError."""
     try:
         yield from data

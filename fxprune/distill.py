@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import SpecError
-from fxprune.imitate import Point, Target, points, tapped
+from fxprune.imitate import Point, Target, points, spread, tapped
 from fxprune.isolate import rng_kept
 from fxprune.products import evaluating
 from fxprune.progress import bar
@@ -30,6 +30,7 @@ from fxprune.traced import Traced
 from fxprune.types import PrunePlan
 
 WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
+SPREAD_SAMPLES = 256  # on which the size of the outputs' loss is told
 GRADIENT_NORM = 1.0  # longer gradients are clipped
 
 
@@ -120,7 +121,7 @@ def distill(
     o = options or Distillation()
     inputs = some(batches, 1 << 62)
     with rng_kept(seed), evaluating(traced.graph_module), evaluating(module):
-        run = _Run(traced, plan, module, o)
+        run = _Run(traced, plan, module, o, inputs)
         with _learning(run.parameters), bar(progress) as shown:
             return run.run(_Samples(inputs, o, seed), measure, shown)
 
@@ -173,7 +174,12 @@ class _Run:
     """One distillation: both models with their taps, the optimiser, the best state."""
 
     def __init__(
-        self, traced: Traced, plan: PrunePlan, module: fx.GraphModule, o: Distillation
+        self,
+        traced: Traced,
+        plan: PrunePlan,
+        module: fx.GraphModule,
+        o: Distillation,
+        inputs: Sequence[tuple[Any, ...]],
     ) -> None:
         own = {n.name for n in module.graph.nodes}
         found = points(traced, plan) if o.features else ()
@@ -182,6 +188,8 @@ class _Run:
         self.teacher = tapped(traced.graph_module, names)
         self.student = tapped(module, names)
         self.module, self.o = module, o
+        some_inputs = some(inputs, SPREAD_SAMPLES)
+        self.spread = spread([Target.of(traced.graph_module(*x)) for x in some_inputs])
         self.best = {k: t.clone() for k, t in module.state_dict().items()}
         self.parameters = [p for p in module.parameters() if p.is_floating_point()]
 
@@ -191,7 +199,7 @@ class _Run:
             target = Target.of(output)
         with torch.enable_grad():
             given, own = self.student(*batch)
-            loss = target.loss(given)
+            loss = target.loss(given) / self.spread
             pairs = zip(self.points, features, own, strict=True)
             errors = [p.loss(x, y) for p, x, y in pairs]
             return loss + self.o.features * torch.stack(errors).mean() if errors else loss

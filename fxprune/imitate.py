@@ -9,6 +9,7 @@ Legend for shapes: N samples, K classes, * further dims.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,23 @@ class Target:
         return torch.stack(errors).mean()
 
 
+def spread(targets: Sequence[Target]) -> float:
+    """The loss of a model that gives the mean probabilities of all samples for each of them.
+
+    So a loss divided by it has a size that does not depend on the model. 1 where outputs have no
+    classes (those losses are relative already) or do not differ.
+    """
+    if not all(t.classes for t in targets):
+        return 1.0
+    logs = [t.outputs[0].double() for t in targets]
+    total = sum(len(p) for p in logs)
+    zero = torch.zeros(1, dtype=torch.float64, device=logs[0].device)
+    mean = sum((p.exp().sum(0) for p in logs), zero) / total
+    rest = mean.clamp_min(LEAST_PROBABILITY).log()
+    value = float(torch.cat([(p.exp() * (p - rest)).sum(1).flatten() for p in logs]).mean())
+    return value if value > LEAST_PROBABILITY else 1.0
+
+
 @dataclass(frozen=True)
 class Point:
     """A graph node whose value both models have.
@@ -98,8 +116,8 @@ def points(traced: Traced, plan: PrunePlan, most: int = MOST_POINTS) -> tuple[Po
     """Where features of the original and of the cut of ``plan`` can be compared, in graph order.
 
     A point is a node that every path through the graph takes (the end of a block), or one that is
-    read several times (a residual stream, a skip connection). Between two products with a parameter
-    the last one is taken, since it has passed normalisation and activation. No op has a name here.
+    read several times (a residual stream, a skip connection); one of them between two products with
+    a parameter. No op has a name here.
     """
     found = _between(traced, _candidates(traced))
     sizes = Sizes(traced, traced.keep(plan))
@@ -143,16 +161,22 @@ def _passes(traced: Traced, node: fx.Node) -> bool:
 
 
 def _between(traced: Traced, candidates: Sequence[fx.Node]) -> list[str]:
-    """The last candidate after each consumer and before the next; none before the first."""
+    """After each consumer and before the next, the last of the largest; none before the first.
+
+    So it is one behind normalisation and activation, and before a pooling.
+    """
     consumers = {c.node for c in traced.consumers}
     wanted = set(candidates)
-    chosen: dict[int, str] = {}
+    chosen: dict[int, tuple[int, str]] = {}
     passed = 0
     for n in traced.graph_module.graph.nodes:
         passed += n.name in consumers
         if n in wanted and passed:
-            chosen[passed] = n.name
-    return list(chosen.values())
+            traits = traced.coupling.values[n.name]
+            size = math.prod(traits.shape) if isinstance(traits, Traits) else 0
+            if size >= chosen.get(passed, (0, ""))[0]:
+                chosen[passed] = (size, n.name)
+    return [name for _, name in chosen.values()]
 
 
 def _point(traced: Traced, sizes: Sizes, name: str) -> Point | None:

@@ -20,6 +20,7 @@ from fxprune.checkpoint import check_finite, load_state, read
 from fxprune.criteria import Criterion
 from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
+from fxprune.distill import Distillation, distill
 from fxprune.errors import ModelError, SpecError, unknown
 from fxprune.fitness import EvaluateFitness, KLFitness, Repair
 from fxprune.isolate import rng_kept
@@ -29,7 +30,7 @@ from fxprune.sequential import best_form
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
 
-REPAIRS = ("lstsq", "bn")
+REPAIRS = ("lstsq", "distill", "bn")
 HELD_OUT = 0.25  # of the calibration samples: for the fitness alone
 RANDOM_SAMPLES = 64  # where there is no data: more random inputs tell no more
 
@@ -65,6 +66,7 @@ class _Options:
     criterion: Criterion
     allocation: Allocator
     repair: str | None
+    distillation: Distillation
     round_to: int
     seed: int
     progress: bool
@@ -80,7 +82,7 @@ def prune(
     *,
     criterion: str | Criterion = "attention",
     allocation: str | Allocator = "local",
-    repair: str | None = "lstsq",
+    repair: str | Distillation | None = "lstsq",
     evaluate: Callable[[Any], float] | None = None,
     exclude: Sequence[str] = (),
     round_to: int = 8,
@@ -98,7 +100,9 @@ def prune(
                     warning (rankings and repair are then as good as random inputs are)
     criterion       attention | reconstruction | l1 | l2 | random, or an object with the protocol
     allocation      local | uniform | global | isomorphic, or an object with the protocol
-    repair          lstsq | bn | None (cut only: then the result equals the masked original)
+    repair          lstsq | distill | bn | None (cut only: then the result equals the masked
+                    original). distill: least squares, then some minutes of gradient steps towards
+                    the original, without labels; ``fxprune.Distillation(steps=...)`` has options
     evaluate        optional: model -> float, higher is better; guides the local search in place of
                     the divergence from the original's outputs
     exclude         shell-style patterns of modules, parameters or groups that stay whole
@@ -153,12 +157,8 @@ def _pruned(
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
-    outcome = None
-    if isinstance(mend, LeastSquares):
-        measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
-        outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
-    repaired = outcome.report if outcome else mend(plan, gm) if mend else None
-    clock.lap("repair")
+    measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
+    told = _mended(traced, plan, gm, mend, (seen, held_out), measure, o, clock)
     small = as_user_class(traced, plan, gm)
     report = {
         "calibration": calibration.note,
@@ -168,15 +168,8 @@ def _pruned(
         "groups": len(traced.groups),
         "locked": traced.locked,
         "plan": dict(plan.meta),
+        **({"repair": told} if told else {}),
     }
-    if isinstance(repaired, RepairReport):
-        report["repair"] = {
-            "kind": o.repair,
-            "repaired": len(repaired.repaired),
-            "skipped": dict(repaired.skipped),
-            # the form whose fitness on held-out samples is better stays
-            **({"form": outcome.form, "fitness": dict(outcome.fitness)} if outcome else {}),
-        }
     for m in (gm, small):
         if m is not None:
             m.train(model.training)
@@ -186,12 +179,47 @@ def _pruned(
     )  # fmt: skip
 
 
+def _mended(
+    traced: Traced,
+    plan: PrunePlan,
+    gm: fx.GraphModule,
+    mend: Repair | None,
+    batches: tuple[list[Any], list[Any]],
+    measure: Callable[[fx.GraphModule], float],
+    o: _Options,
+    clock: _Clock,
+) -> dict[str, Any]:
+    """Repair ``gm`` in place; what the report says about it."""
+    seen, held_out = batches
+    outcome = None
+    if isinstance(mend, LeastSquares):
+        outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
+    repaired = outcome.report if outcome else mend(plan, gm) if mend else None
+    clock.lap("repair")
+    told: dict[str, Any] = {}
+    if isinstance(repaired, RepairReport):
+        told = {
+            "kind": o.repair,
+            "repaired": len(repaired.repaired),
+            "skipped": dict(repaired.skipped),
+            # the form whose fitness on held-out samples is better stays
+            **({"form": outcome.form, "fitness": dict(outcome.fitness)} if outcome else {}),
+        }
+    if o.repair == "distill":
+        distilled = distill(
+            traced, plan, gm, seen, measure, o.distillation, seed=o.seed, progress=o.progress
+        )
+        told["distill"] = distilled.to_dict()
+        clock.lap("distill")
+    return told
+
+
 def _checked(
     model: Any,
     budget: Budget | float,
     criterion: str | Criterion,
     allocation: str | Allocator,
-    repair: str | None,
+    repair: str | Distillation | None,
     round_to: int,
     seed: int,
     progress: bool,
@@ -203,14 +231,16 @@ def _checked(
     if not isinstance(budget, Budget):
         budget = Budget(macs=budget)
     allocate.bounds(budget)
+    distillation = repair if isinstance(repair, Distillation) else Distillation()
+    repair = "distill" if isinstance(repair, Distillation) else repair
     if repair is not None and repair not in REPAIRS:
         raise unknown("repair", str(repair), REPAIRS)
     if round_to < 1:
         raise SpecError(f"round_to must be at least 1, got {round_to}")
     check_finite(model)
     return _Options(
-        budget, criteria.get(criterion), allocate.get(allocation), repair, round_to, seed, progress,
-        max_evaluations, executor,
+        budget, criteria.get(criterion), allocate.get(allocation), repair, distillation, round_to,
+        seed, progress, max_evaluations, executor,
     )  # fmt: skip
 
 
@@ -232,7 +262,7 @@ def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
 
 
 def _statistics(traced: Traced, o: _Options, batches: list[Any]) -> Statistics | None:
-    if not o.criterion.needs_data and o.repair != "lstsq":
+    if not o.criterion.needs_data and o.repair not in ("lstsq", "distill"):
         return None
     options = criteria.observe_options(o.criterion)
     return observe(traced, batches, progress=o.progress, **options)
@@ -241,7 +271,7 @@ def _statistics(traced: Traced, o: _Options, batches: list[Any]) -> Statistics |
 def _repairer(
     traced: Traced, repair: str | None, statistics: Statistics | None, batches: list[Any]
 ) -> Repair | None:
-    if repair == "lstsq" and statistics is not None:
+    if repair in ("lstsq", "distill") and statistics is not None:
         return LeastSquares(traced, statistics)
     if repair == "bn":
         return lambda plan, module: repair_bn(traced, plan, module, batches)
