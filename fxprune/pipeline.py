@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from fxprune.fitness import EvaluateFitness, KLFitness, Repair
 from fxprune.isolate import rng_kept
 from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
+from fxprune.rounds import compose, round_budgets, transplanted
+from fxprune.rounds import told as rounds_told
 from fxprune.sequential import best_form
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
@@ -91,6 +93,8 @@ def prune(
     calibration_samples: int = 256,
     max_evaluations: int = 60,
     executor: Executor | None = None,
+    steps: int = 1,
+    tune: Callable[[nn.Module], nn.Module | None] | None = None,
 ) -> PruneResult:
     """Make a smaller model that keeps at most ``budget`` of the original's cost.
 
@@ -107,10 +111,16 @@ def prune(
                     the divergence from the original's outputs
     exclude         shell-style patterns of modules, parameters or groups that stay whole
     round_to        kept counts are multiples of it (fewer for small groups)
+    steps           rounds of ranking, cutting and repair; each takes the same share
+    tune            with ``steps``: called with the model between two rounds; trains it, in place or
+                    as a new one that it returns (``lambda m: finetune(m, train_data).model``)
 
     ``model``, its mode, the RNG state and the thread count are as they were when this returns.
     Raises InputError (see ``fxprune.errors``) for input that cannot be used.
     """
+    given = dict(locals())
+    if steps != 1 or tune is not None:
+        return _in_rounds(**given)
     options = _checked(
         model, budget, criterion, allocation, repair, round_to, seed, progress, max_evaluations,
         executor,
@@ -119,17 +129,20 @@ def prune(
     with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
-        limit = (
-            calibration_samples if data is not None else min(calibration_samples, RANDOM_SAMPLES)
-        )
-        calibration = calibration_batches(data, traced.example_inputs, limit=limit, seed=seed)
-        if calibration.random:
-            warnings.warn(
-                "no calibration data: random inputs are used; give data= for a ranking and a "
-                "repair that know the real activations",
-                stacklevel=2,
-            )
+        calibration = _calibration(data, traced, calibration_samples, seed)
         return _pruned(model, traced, calibration, options, evaluate, clock)
+
+
+def _calibration(data: Any, traced: Traced, samples: int, seed: int) -> Calibration:
+    limit = samples if data is not None else min(samples, RANDOM_SAMPLES)
+    calibration = calibration_batches(data, traced.example_inputs, limit=limit, seed=seed)
+    if calibration.random:
+        warnings.warn(
+            "no calibration data: random inputs are used; give data= for a ranking and a "
+            "repair that know the real activations",
+            stacklevel=3,
+        )
+    return calibration
 
 
 def _pruned(
@@ -159,6 +172,18 @@ def _pruned(
     clock.lap("cut")
     measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
     told = _mended(traced, plan, gm, mend, (seen, held_out), measure, o, clock)
+    return _result(model, traced, plan, gm, calibration, told, clock)
+
+
+def _result(
+    model: nn.Module,
+    traced: Traced,
+    plan: PrunePlan,
+    gm: fx.GraphModule,
+    calibration: Calibration,
+    told: dict[str, Any],
+    clock: _Clock,
+) -> PruneResult:
     small = as_user_class(traced, plan, gm)
     report = {
         "calibration": calibration.note,
@@ -206,12 +231,106 @@ def _mended(
             **({"form": outcome.form, "fitness": dict(outcome.fitness)} if outcome else {}),
         }
     if o.repair == "distill":
-        distilled = distill(
-            traced, plan, gm, seen, measure, o.distillation, seed=o.seed, progress=o.progress
-        )
-        told["distill"] = distilled.to_dict()
-        clock.lap("distill")
+        told["distill"] = _distilled(traced, plan, gm, seen, measure, o, clock)
     return told
+
+
+def _in_rounds(
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Budget | float,
+    data: Any,
+    steps: int,
+    tune: Callable[[nn.Module], nn.Module | None] | None,
+    **given: Any,
+) -> PruneResult:
+    """Rounds of prune(), and one plan of ``model`` for all of them.
+
+    Without ``tune`` the last model is also repaired straight from the original's weights; the
+    better of both on held-out samples stays.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise SpecError(f"steps must be a whole number from 1, got {steps!r}")
+    if tune is not None and (steps < 2 or not callable(tune)):
+        raise SpecError("tune must be a function of a model, called between rounds: give steps=2")
+    o = _checked(
+        model, budget, *(given[k] for k in (
+            "criterion", "allocation", "repair", "round_to", "seed", "progress", "max_evaluations",
+            "executor",
+        )),
+    )  # fmt: skip
+    clock = _Clock()
+    with rng_kept():
+        traced = trace(model, example_inputs).excluding(given["exclude"])
+        calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
+        seen, held_out = _split(calibration.batches)
+        near = KLFitness(traced, None, held_out)
+        measure = _loss(given["evaluate"]) if given["evaluate"] else near.of
+        clock.lap("trace and couple")
+        done: list[PruneResult] = []
+        current = model
+        given |= {"data": calibration.batches, "repair": "lstsq" if _linear(o) else o.repair}
+        for budget in round_budgets(o.budget, traced.cost(), steps):
+            done.append(prune(current, example_inputs, budget, **given))
+            current = done[-1].model
+            if tune is not None and len(done) < steps:
+                current = tune(current) or current
+            # from now on nearness to the original counts, not to the round before
+            given["evaluate"] = given["evaluate"] or (lambda m: -near.of(m))
+            clock.lap(f"round {len(done)}")
+        plan = compose(traced, [(r.analysis, r.plan) for r in done], done[-1].plan.meta)
+        gm = transplanted(traced, plan, done[-1].graph_module)
+        told = _repaired_again(traced, plan, gm, (seen, held_out), measure, o, clock, tune is None)
+        told["rounds"] = rounds_told(done)
+        return _result(model, traced, plan, gm, calibration, told, clock)
+
+
+def _linear(o: _Options) -> bool:
+    return o.repair in ("lstsq", "distill")
+
+
+def _repaired_again(
+    traced: Traced,
+    plan: PrunePlan,
+    gm: fx.GraphModule,
+    batches: tuple[list[Any], list[Any]],
+    measure: Callable[[fx.GraphModule], float],
+    o: _Options,
+    clock: _Clock,
+    direct: bool,
+) -> dict[str, Any]:
+    """After the last round: ``gm`` or, if better, the cut repaired from the original's weights."""
+    told: dict[str, Any] = {"kind": o.repair}
+    if _linear(o) and direct:
+        other, plain = cut(traced, plan), replace(o, repair="lstsq")
+        mend = _repairer(traced, "lstsq", _statistics(traced, plain, batches[0]), batches[0])
+        straight = _mended(traced, plan, other, mend, batches, measure, plain, clock)
+        fitness = {"rounds": measure(gm), "direct": measure(other)}
+        if fitness["direct"] <= fitness["rounds"]:
+            told = straight
+            gm.load_state_dict(other.state_dict())
+        told |= {"kind": o.repair, "kept": min(fitness, key=lambda k: fitness[k])}
+        told["rounds fitness"] = fitness
+    if o.repair == "distill":
+        told["distill"] = _distilled(traced, plan, gm, batches[0], measure, o, clock)
+    return told
+
+
+def _distilled(
+    traced: Traced,
+    plan: PrunePlan,
+    gm: fx.GraphModule,
+    seen: list[Any],
+    measure: Callable[[fx.GraphModule], float],
+    o: _Options,
+    clock: _Clock,
+) -> dict[str, Any]:
+    """The last part of repair="distill", in place; what the report says about it."""
+    found = distill(
+        traced, plan, gm, seen, measure, o.distillation, seed=o.seed, progress=o.progress
+    )
+    clock.lap("distill")
+    return found.to_dict()
 
 
 def _checked(

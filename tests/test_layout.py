@@ -36,7 +36,7 @@ ORDER = [
     ),
     *("export", "checkpoint"),
     # what the outside gives, and the one place that knows all of them
-    *("data", "models", "pipeline", "tune", "report", "demo", "cli", "__main__"),
+    *("data", "models", "rounds", "pipeline", "tune", "report", "demo", "cli", "__main__"),
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
