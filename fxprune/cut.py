@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.copies import copied
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes, kept_runs
 from fxprune.traced import Traced
@@ -172,11 +173,11 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)
     )
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for name, t in list(base.named_parameters()) + list(base.named_buffers()):
         if name in new:
             memo[id(t)] = new[name]
-    model: nn.Module = copy.deepcopy(base, memo)
+    model = copied(base, memo)
     for name, module in model.named_modules():
         if isinstance(module, LEAVES):
             twin = dict(pruned.named_modules()).get(name) if name else None

@@ -83,13 +83,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every submodule's mode is put back afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     try:
-        for m, _ in modes:
-            m.training = False
+        for m, training in modes:
+            if training:
+                m.training = False
         with torch.no_grad():
             yield
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for m, training in modes:
+            if m.training != training:
+                m.training = training
 
 
 OnProduct = Callable[[str, Product, Tensor], "Tensor | None"]

@@ -24,6 +24,7 @@ from torch.fx import _symbolic_trace as fx_trace
 from torch.fx.proxy import TraceError
 
 from fxprune.attention import TraceableAttention
+from fxprune.copies import copied
 from fxprune.errors import ModelError
 from fxprune.products import evaluating
 
@@ -371,7 +372,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
     Buffers are copied: a forward that writes to them must not change the user's.
     """
-    base: nn.Module = copy.deepcopy(model, {id(t): t for t in model.parameters()})
+    base = copied(model, {id(t): t for t in model.parameters()})
     for path, module in list(base.named_modules()):
         if path and TraceableAttention.replaces(module):
             parent, _, name = path.rpartition(".")

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fxprune"
 
 ORDER = [
     # the ground
-    *("errors", "isolate", "progress", "types", "products", "attention"),
+    *("errors", "isolate", "progress", "types", "products", "copies", "attention"),
     # the engine
     *("tracing", "coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it

@@ -74,7 +74,7 @@ def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | No
     if bias is not None:
         labels.put(out, fields)
         fields = meet(labels, [out, bias], out.dim())
-        labels.fields.pop(out, None)
+        labels.clear(out)
     labels.put(out, fields)
 
 

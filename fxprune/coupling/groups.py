@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,18 +81,26 @@ class _Builder:
     ) -> None:
         self.gm, self.run, self.s, self.slots = gm, run, solution, slots
         self.n = solution.n
-        self.reason = self._reasons()
+        self.reason, self.reasons = self._reasons()
+        self.known: dict[bytes, list[tuple[int, IntArray]]] = {}  # most dims repeat another's
+        self.at: dict[bytes, set[int]] = {}
 
     # -- locks --------------------------------------------------------------------------------
 
-    def _reasons(self) -> list[str | None]:
-        """The lock reason of each class; a locked class locks the row and column it lies in."""
-        reason: list[str | None] = [None] * self.n
+    def _reasons(self) -> tuple[IntArray, list[str]]:
+        """([classes] number of the lock reason of each class or -1, the reasons).
+
+        A locked class locks the row and the column it lies in. The first reason counts.
+        """
+        number = np.full(self.n, -1, dtype=np.int64)
+        texts: dict[str, int] = {}
+
+        def give(classes: IntArray, why: str) -> None:
+            number[classes[number[classes] < 0]] = texts.setdefault(why, len(texts))
+
         for labels, why in self.run.facts.locks:
-            for c in np.unique(self.s.cls[labels]):
-                reason[c] = reason[c] or why
-        for c in np.flatnonzero(self.s.pinned):
-            reason[c] = reason[c] or "its rows cross those of another block"
+            give(self.s.cls[labels], why)
+        give(np.flatnonzero(self.s.pinned), "its rows cross those of another block")
         touched = np.zeros(self.n, dtype=np.bool_)
         facts = self.run.facts
         for arrays in (
@@ -100,13 +109,12 @@ class _Builder:
         ):
             if arrays:
                 touched[self.s.cls[np.concatenate(arrays)]] = True
-        for c in np.flatnonzero(~touched):
-            reason[c] = reason[c] or "no operation uses it"
-        for c in [c for c in range(self.n) if reason[c] is not None]:
-            for owner in (self.s.row[c], self.s.unit[c]):
-                if owner >= 0 and reason[owner] is None:
-                    reason[owner] = reason[c]
-        return reason
+        give(np.flatnonzero(~touched), "no operation uses it")
+        locked = np.flatnonzero(number >= 0)[::-1]  # the last to be written is the first
+        for owner in (self.s.row[locked], self.s.unit[locked]):
+            free = (owner >= 0) & (number[owner] < 0)
+            number[owner[free]] = number[locked[free]]
+        return number, list(texts)
 
     # -- drafts -------------------------------------------------------------------------------
 
@@ -146,8 +154,9 @@ class _Builder:
     def _balanced(self) -> list[_Draft]:
         drafts = []
         for block in self.s.blocks:
-            why = next((self.reason[c] for c in block.ravel() if self.reason[c]), None)
-            drafts.append(_Draft(block, False, why))
+            why = self.reason[block.ravel()]
+            locked = self.reasons[why[why >= 0][0]] if (why >= 0).any() else None
+            drafts.append(_Draft(block, False, locked))
         return drafts
 
     def _plain(self) -> list[_Draft]:
@@ -166,15 +175,17 @@ class _Builder:
 
     def _by_signature(self, owners: IntArray, owner: IntArray, by_row: bool) -> list[_Draft]:
         kinds = signatures(self.s.cls[: self.run.facts.count], owner, self.slots)
-        together: dict[tuple[int, str | None], list[int]] = defaultdict(list)
-        for c in owners:
-            if kinds[c] != 0:
-                together[int(kinds[c]), self.reason[c]].append(int(c))
+        owners = owners[kinds[owners] != 0]
+        keys = np.stack([kinds[owners], self.reason[owners]], 1)
+        _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         drafts = []
-        for (_, why), members in together.items():
+        for k in np.argsort(first):
+            members = owners[which.ravel() == k]
+            number = int(self.reason[members[0]])
+            why = self.reasons[number] if number >= 0 else None
             if why is None and len(members) == 1:
                 why = "one channel: nothing to choose from"
-            drafts.append(_Draft(np.array([members], dtype=np.int64), by_row, why))
+            drafts.append(_Draft(members[None], by_row, why))
         return drafts
 
     # -- parameters and consumers -------------------------------------------------------------
@@ -258,26 +269,38 @@ class _Builder:
 
     def _positions(self, classes: IntArray) -> list[tuple[int, IntArray]]:
         """(group, index [n, k]) for every group with channels among these positions."""
+        key = classes.tobytes()
+        if key not in self.known:
+            self.known[key] = self._found(classes)
+        return self.known[key]
+
+    def _found(self, classes: IntArray) -> list[tuple[int, IntArray]]:
         found = []
-        known = np.where(classes >= 0, classes, 0)
         for group, channel in self.governing.values():
-            g = np.where(classes >= 0, group[known], -1)
-            for one in np.unique(g[g >= 0]):
-                at = np.flatnonzero(g == one)
-                order = np.argsort(channel[classes[at]], kind="stable")
-                n = len(np.unique(channel[classes[at]]))
-                if len(at) % n == 0:
-                    found.append((int(one), at[order].reshape(n, -1)))
+            g = np.where(classes >= 0, group[classes], -1)
+            at = np.flatnonzero(g >= 0)
+            if not len(at):
+                continue
+            order = np.lexsort((channel[classes[at]], g[at]))
+            at = at[order]
+            for span in _runs(g[at]):
+                mine = at[span]
+                n = 1 + int(np.count_nonzero(np.diff(channel[classes[mine]])))
+                if len(mine) % n == 0:
+                    found.append((int(g[mine[0]]), mine.reshape(n, -1)))
         return found
 
     def _classes(self, drafts: list[_Draft]) -> list[tuple[IntArray, ...]]:
-        result = []
-        for g, d in enumerate(drafts):
-            group, channel = self.governing[d.by_row]
-            mine = np.flatnonzero(group == g)
-            order = mine[np.argsort(channel[mine], kind="stable")]
-            ends = np.searchsorted(channel[order], np.arange(1, d.owners.size))
-            result.append(tuple(np.split(order, ends)))
+        """For each draft, the classes that each of its channels governs."""
+        result: list[tuple[IntArray, ...]] = [()] * len(drafts)
+        for by_row, (group, channel) in self.governing.items():
+            order = np.lexsort((channel, group))
+            starts = np.searchsorted(group[order], np.arange(len(drafts) + 1))
+            for g, d in enumerate(drafts):
+                if d.by_row == by_row:
+                    mine = order[starts[g] : starts[g + 1]]
+                    ends = np.searchsorted(channel[mine], np.arange(d.owners.size + 1)).tolist()
+                    result[g] = tuple(mine[a:b] for a, b in pairwise(ends))
         return result
 
     def _nodes(self, count: int) -> list[tuple[str, ...]]:
@@ -286,12 +309,23 @@ class _Builder:
             if isinstance(value, Traits):
                 seen: set[int] = set()
                 for f in value.fields:
-                    classes = self.s.cls[f.ravel()]
-                    for group, _ in self.governing.values():
-                        seen |= set(np.unique(group[classes]).tolist())
-                for g in sorted(seen - {-1}):
+                    seen |= self._groups_at(self.s.cls[f.ravel()])
+                for g in sorted(seen):
                     nodes[g].append(name)
         return [tuple(n) for n in nodes]
+
+    def _groups_at(self, classes: IntArray) -> set[int]:
+        key = classes.tobytes()
+        if key not in self.at:
+            found = [np.unique(group[classes]).tolist() for group, _ in self.governing.values()]
+            self.at[key] = {g for one in found for g in one} - {-1}
+        return self.at[key]
+
+
+def _runs(values: IntArray) -> list[slice]:
+    """Runs of equal values."""
+    cuts = (np.flatnonzero(np.diff(values)) + 1).tolist()
+    return [slice(a, b) for a, b in pairwise([0, *cuts, len(values)])]
 
 
 def _name(members: list[Member], draft: _Draft, parameters: dict[str, Traits]) -> str:

@@ -18,6 +18,7 @@ lock      the label stays, for a reason
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.products import storage_key
 from fxprune.types import BoolArray, IntArray
@@ -36,7 +36,12 @@ EITHER, ROW, COLUMN = 0, 1, 2
 
 def varying(f: IntArray) -> frozenset[int]:
     """The dims along which a field varies."""
-    return frozenset(d for d, size in enumerate(f.shape) if size > 1)
+    return _varying(f.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _varying(shape: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(d for d, size in enumerate(shape) if size > 1)
 
 
 def align(f: IntArray, ndim: int) -> IntArray:
@@ -104,19 +109,39 @@ class Facts:
     products: list[ProductRecord] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Note:
+    """What one run knows of one tensor.
+
+    strided    of a slice with steps along labelled dims: the labels of the whole
+    vanishing  see ``vanish``
+    """
+
+    run: object
+    fields: Fields
+    strided: Fields
+    vanishing: bool = False
+
+
+_NOTE = "_channel_labels"
+
+
 class Labels:
-    """The labels of all live tensors of one run, and the facts gathered so far."""
+    """The labels of all live tensors of one run, and the facts gathered so far.
+
+    Notes on intermediate results are kept as an attribute of the tensor, and go with it; those on
+    parameters and buffers, which outlive the run, are kept here.
+    """
 
     def __init__(self) -> None:
         self.facts = Facts()
-        self.fields: Any = WeakTensorKeyDictionary()
-        self.strided: Any = WeakTensorKeyDictionary()  # slices with steps along labelled dims
+        self._run = object()
+        self._owned: dict[int, tuple[Tensor, _Note]] = {}
         self.locked: BoolArray = np.zeros(0, dtype=np.bool_)  # [labels] locked by name
         self.where = ""
         self.opaque = False  # inside a module that was not traced through
         self.expands = False  # inside a call whose expanded extents follow what they meet
         self.averages = False  # inside a call whose divisor can be rewritten
-        self.vanishing: Any = WeakTensorKeyDictionary()  # tensor -> True; see ``vanish``
         self.dirty: dict[int, Any] = {}  # memory written to: what is in it does not vanish
 
     # -- facts --------------------------------------------------------------------------------
@@ -129,7 +154,7 @@ class Labels:
 
     def union(self, a: IntArray, b: IntArray) -> None:
         """a and b broadcast against each other; labels at the same position become one."""
-        x, y = np.broadcast_arrays(a, b)
+        x, y = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
         self.facts.unions.append((x.ravel(), y.ravel()))
 
     def parent(self, p: IntArray, c: IntArray, kind: int = EITHER) -> None:
@@ -173,13 +198,27 @@ class Labels:
 
     def of(self, t: Tensor | None) -> Fields:
         """The fields of a tensor; none when it carries no channels."""
-        return [] if t is None else self.fields.get(t, [])
+        note = None if t is None else self._known(t)
+        return [] if note is None else note.fields
+
+    def _known(self, t: Tensor) -> _Note | None:
+        note: _Note | None = t.__dict__.get(_NOTE)
+        if note is not None and note.run is self._run:
+            return note
+        owned = self._owned.get(id(t))
+        return None if owned is None else owned[1]
+
+    def _note(self, t: Tensor) -> _Note:
+        note = self._known(t)
+        if note is None:
+            note = t.__dict__[_NOTE] = _Note(self._run, [], [])
+        return note
 
     def put(self, t: Tensor, fields: Fields) -> None:
         """Give ``t`` its fields; those that do not vary or are locked whole say no more."""
         kept = [f for f in fields if f.size > 1 and not self._fixed(f)]
         if kept:
-            self.fields[t] = kept
+            self._note(t).fields = kept
 
     def _fixed(self, f: IntArray) -> bool:
         first = int(f.flat[0])
@@ -190,11 +229,24 @@ class Labels:
 
     def replace(self, t: Tensor, fields: Fields) -> None:
         """Give ``t`` other fields than it had."""
-        self.fields.pop(t, None)
+        self.clear(t)
         self.put(t, fields)
 
-    def parameter(self, t: Tensor) -> None:
-        """One fresh field for each dim of a parameter or buffer."""
+    def clear(self, t: Tensor) -> None:
+        """Forget the fields of ``t``."""
+        if (note := self._known(t)) is not None:
+            note.fields = []
+
+    def parameter(self, t: Tensor, vanishing: bool) -> None:
+        """One fresh field for each dim of a parameter or buffer.
+
+        vanishing: whether it is masked with its labels, as parameters are
+        """
+        self._owned[id(t)] = t, _Note(self._run, [], [], vanishing)
+        self.created(t)
+
+    def created(self, t: Tensor) -> None:
+        """One fresh field for each dim of a tensor that is made in forward."""
         self.put(t, [self.along(t, d) for d, size in enumerate(t.shape) if size > 1])
 
     def along(self, t: Tensor, dim: int) -> IntArray:
@@ -204,7 +256,21 @@ class Labels:
 
     def vanishes(self, t: Tensor) -> bool:
         """Whether ``t`` is zero at every position whose label is removed."""
-        return t in self.vanishing and storage_key(t) not in self.dirty
+        note = self._known(t)
+        return note is not None and note.vanishing and storage_key(t) not in self.dirty
+
+    def vanish(self, t: Tensor) -> None:
+        """``t`` is zero at every position whose label is removed."""
+        self._note(t).vanishing = True
+
+    def strided(self, t: Tensor) -> Fields:
+        """The fields of the tensor of which ``t`` is a slice with steps."""
+        note = self._known(t)
+        return [] if note is None else note.strided
+
+    def stride(self, t: Tensor, whole: Fields) -> None:
+        """``t`` is a slice with steps of a tensor with the fields ``whole``."""
+        self._note(t).strided = whole
 
     def overwritten(self, t: Tensor) -> None:
         """The memory of ``t``, and of its views, holds something else now.

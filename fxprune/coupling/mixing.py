@@ -99,6 +99,12 @@ def meet_along(
     """x meets 1-d parameters along ``dim``."""
     size = x.shape[dim]
     own = labels.of(x)
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    if len(own) == 1 and varying(own[0]) == {dim} and all(labels.of(p) for p in params):
+        for p in params:
+            labels.union(own[0].ravel(), labels.of(p)[0].ravel())
+        labels.put(result, own)
+        return
     found = list(own)
     covered: frozenset[int] = frozenset().union(*(varying(f) for f in own))
     for p in params:
@@ -110,7 +116,6 @@ def meet_along(
         if p is not None and not labels.of(p):
             for f in own:
                 labels.mix(f, [dim], "normalised with constants")
-    result = out[0] if isinstance(out, (tuple, list)) else out
     labels.put(result, labels.combine(found))
 
 

@@ -179,7 +179,7 @@ def _slice(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
     start = start or 0
     labels.put(out, _taken(labels, labels.of(x), dim, slice(start, stop, step)))
     if step != 1 and any(dim in varying(f) for f in labels.of(x)):
-        labels.strided[out] = labels.of(x)
+        labels.stride(out, labels.of(x))
 
 
 @register(

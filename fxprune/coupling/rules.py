@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fxprune.coupling import vanish
 from fxprune.coupling.labels import Fields, Labels, align, varying
@@ -40,7 +39,7 @@ def apply_rule(
     labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Carry labels over one executed op."""
-    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+    tensors = _tensors(args, kwargs)
     name = str(func.overloadpacket)
     grows = labels.expands and name == "aten.expand"
     if name not in PRODUCTS and not grows and not any(labels.of(t) for t in tensors):
@@ -53,6 +52,17 @@ def apply_rule(
     else:
         rule(labels, func, args, kwargs, out)
     vanish.note(labels, func, args, kwargs, out)
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors among the arguments of an op, also in lists."""
+    found: list[Tensor] = []
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += [t for t in a if isinstance(t, Tensor)]
+    return found
 
 
 @functools.cache
@@ -89,7 +99,7 @@ _POINTWISE = (
 @register(*_POINTWISE)
 def elementwise(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     """Labels at the same position are one channel; a fixed tensor in their way locks them."""
-    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.dim() > 0]
+    tensors = [a for a in _tensors(args, kwargs) if a.dim() > 0]
     result = out[0] if isinstance(out, (tuple, list)) else out
     fields = meet(labels, tensors, result.dim())
     if func._schema.is_mutable and isinstance(args[0], Tensor):
@@ -121,7 +131,7 @@ def unfixed(
 
 def _written(labels: Labels, target: Tensor, fields: Fields) -> None:
     """In-place: what the target's memory did not carry before cannot be tracked."""
-    for f in labels.strided.get(target, []):
+    for f in labels.strided(target):
         labels.lock(f, "written through a strided slice")
     covered: frozenset[int] = frozenset().union(*(varying(h) for h in labels.of(target)))
     for f in fields:

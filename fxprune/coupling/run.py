@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
-from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
+from fxprune.products import Product, as_product, evaluating, storage_key
 from fxprune.tracing import LEAVES, Captured, state_kept
 from fxprune.types import IntArray
 
@@ -109,6 +109,7 @@ class _LabelInterpreter(fx.Interpreter):
         super().__init__(gm)
         self.mode, self.values = mode, values
         self.labels = mode.labels
+        self.composites = _Composites(self.labels)
 
     def run_node(self, n: fx.Node) -> Any:
         self.mode.node, self.mode.count = n.name, 0
@@ -118,10 +119,10 @@ class _LabelInterpreter(fx.Interpreter):
         )
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.expands = n.op != "call_module" and _expands(n)
-        with self.mode, _Composites(self.labels):
+        with self.composites:
             result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
-            self.labels.parameter(result)
+            self.labels.created(result)
         self.values[n.name] = self._traits(result)
         if n.op == "output":
             self.labels.where = ""
@@ -138,7 +139,13 @@ class _LabelInterpreter(fx.Interpreter):
 
 def tensors_of(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters, then buffers, by name; each tensor once."""
-    return [*module.named_parameters(), *module.named_buffers()]
+    found: tuple[dict[int, tuple[str, Tensor]], ...] = ({}, {})
+    for path, m in module.named_modules():
+        for held, own in zip(found, (m._parameters, m._buffers), strict=True):
+            for name, t in own.items():
+                if t is not None:
+                    held.setdefault(id(t), (f"{path}.{name}" if path else name, t))
+    return [*found[0].values(), *found[1].values()]
 
 
 def _expands(node: fx.Node) -> bool:
@@ -161,13 +168,12 @@ def label_run(captured: Captured) -> Run:
     gm = captured.graph_module
     labels = Labels()
     parameters: dict[str, Traits] = {}
-    names = parameter_names(gm)
-    for name, t in tensors_of(gm):
+    tensors = tensors_of(gm)
+    names = {storage_key(t): name for name, t in reversed(tensors)}  # the first name of tied ones
+    for name, t in tensors:
         learnable = isinstance(t, torch.nn.Parameter)
         if t.is_floating_point():
-            labels.parameter(t)
-            if learnable:
-                labels.vanishing[t] = True
+            labels.parameter(t, vanishing=learnable)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     for name, t in tensors_of(captured.base):  # those that forward does not use
         if name not in parameters:
@@ -178,7 +184,7 @@ def label_run(captured: Captured) -> Run:
     inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
     rng = torch.get_rng_state()
     try:
-        with evaluating(gm), state_kept(gm):
+        with evaluating(gm), state_kept(gm), mode:
             _LabelInterpreter(gm, mode, values).run(*inputs)
     finally:
         torch.set_rng_state(rng)

@@ -47,6 +47,8 @@ _MOVING = frozenset((
     "replication_pad2d", "replication_pad3d", "embedding", "fill", "zero",
 ))  # fmt: skip
 
+_KEEPING = _UNARY | _MOVING
+
 
 def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """After an op: remember which of its results vanish, and forget what it has written over."""
@@ -59,7 +61,7 @@ def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any],
         return
     if known:
         for t in results:
-            labels.vanishing[t] = True
+            labels.vanish(t)
 
 
 def _known(
@@ -73,7 +75,7 @@ def _known(
         return True
     if plain == "fill" or not args or not isinstance(args[0], Tensor):
         return False
-    return plain in _UNARY | _MOVING and labels.vanishes(args[0])
+    return plain in _KEEPING and labels.vanishes(args[0])
 
 
 def _fields(labels: Labels, t: Any, ndim: int) -> Dims:
