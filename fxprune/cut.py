@@ -7,6 +7,8 @@ attributes are read off the new parameters, and constants of the graph are rewri
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes, kept_runs
 from fxprune.traced import Traced
 from fxprune.tracing import LEAVES
+from fxprune.trees import map_tensors
+from fxprune.trees import tensors as tensors_in
 from fxprune.types import BoolArray, PrunePlan
 
 
@@ -185,7 +189,8 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own = module.__dict__
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
-    same = all(_same(model, pruned, x) for x in _batches(pruned, traced.example_inputs))
+    call = functools.partial(traced.captured.given.call, model)
+    same = all(_same(call, pruned, x) for x in _batches(pruned, traced.example_inputs))
     return model if same else None
 
 
@@ -194,12 +199,24 @@ def _batches(graph: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]
 
     A class with fixed sizes may happen to run at one batch size and fail at the next.
     """
-    more = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.dim() else x for x in inputs)
-    return [inputs, more] if _outputs(graph, more) is not None else [inputs]
+
+    def longer(x: Tensor) -> Tensor:
+        return torch.cat([x, x[:1]]) if x.dim() else x
+
+    more = tuple(map_tensors(longer, x) if isinstance(x, Tensor) else x for x in inputs)
+    return [inputs, more] if _outputs(_positional(graph), more) is not None else [inputs]
 
 
-def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    x, y = _outputs(a, inputs), _outputs(b, inputs)
+def _positional(graph: nn.Module) -> Call:
+    return lambda inputs: graph(*inputs)
+
+
+Call = Callable[[Any], Any]
+
+
+def _same(call: Call, graph: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether the user's class gives what the graph gives, where the graph gives something."""
+    x, y = _outputs(call, inputs), _outputs(_positional(graph), inputs)
     if x is None or y is None or len(x) != len(y):
         return False
     return all(
@@ -208,18 +225,13 @@ def _same(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> bool:
     )
 
 
-def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | None:
-    """All tensors that a module gives; None where it does not run."""
+def _outputs(call: Call, inputs: tuple[Any, ...]) -> list[Tensor] | None:
+    """All tensors that a call gives; None where it does not run."""
     rng = torch.get_rng_state()
     try:
         with torch.no_grad():
-            return [t for t in _leaves(module(*copy.deepcopy(inputs))) if isinstance(t, Tensor)]
+            return tensors_in(call(copy.deepcopy(inputs)))
     except Exception:  # noqa: BLE001 - any failure means: it cannot run like this
         return None
     finally:
         torch.set_rng_state(rng)
-
-
-def _leaves(value: Any) -> list[Any]:
-    leaves: list[Any] = torch.utils._pytree.tree_leaves(value)
-    return leaves

@@ -44,9 +44,11 @@ class Sizes:
     # -- channels of activations --------------------------------------------------------------
 
     def kept_along(self, node: str | None, dim: int) -> BoolArray | None:
-        """[size] kept positions along one dim of a node's output; None where it is no tensor."""
+        """[size] kept positions along one dim of a node's output; None where it has no such dim."""
         traits = self.coupling.values.get(node or "")
-        return self.positions(traits, dim) if isinstance(traits, Traits) else None
+        if not isinstance(traits, Traits) or not -len(traits.shape) <= dim < len(traits.shape):
+            return None
+        return self.positions(traits, dim)
 
     # -- shapes -------------------------------------------------------------------------------
 

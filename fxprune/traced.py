@@ -12,11 +12,11 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
+from fxprune.capture import Captured, capture
 from fxprune.cost import CostModel
 from fxprune.coupling.groups import Coupling, couple
 from fxprune.errors import PlanError, SpecError, unknown
 from fxprune.lifetimes import storages
-from fxprune.tracing import Captured, capture
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
 
 

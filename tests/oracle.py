@@ -51,7 +51,7 @@ class _Masked(fx.Interpreter):
         if name in ("layer_norm", "rms_norm", "group_norm"):
             node_args = dict(enumerate(self.node.args)) | dict(self.node.kwargs)
             weight = node_args.get(2, node_args.get("weight"))
-            keep = self.keep.get(str(weight.target)) if isinstance(weight, fx.Node) else None
+            keep = self.keep.get(_source(weight)) if isinstance(weight, fx.Node) else None
             if keep is not None:
                 values = dict(enumerate(args)) | kwargs
                 w = values.get(2, values.get("weight"))
@@ -63,6 +63,13 @@ class _Masked(fx.Interpreter):
                 eps = torch.finfo(args[0].dtype).eps if eps is None else eps
                 return _over_kept(args[0], keep, w, bias, eps, name == "layer_norm")
         return super().call_function(target, args, kwargs)
+
+
+def _source(node: fx.Node) -> str:
+    """The parameter that a weight is, or is made from (1 + weight)."""
+    while node.op != "get_attr" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target)
 
 
 def _over_kept(

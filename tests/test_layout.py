@@ -16,9 +16,11 @@ PACKAGE = ROOT / "fxprune"
 
 ORDER = [
     # the ground
-    *("errors", "isolate", "progress", "types", "products", "copies", "attention"),
+    *("errors", "isolate", "progress", "types", "inputs", "trees", "products", "copies"),
+    "attention",
     # the engine
-    *("tracing", "coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
+    *("values", "whole", "norms", "tracing", "rephrase", "capture"),
+    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
     # the stages on top of it
     *(
         "moments",

@@ -116,13 +116,24 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
     lead = [(s, _dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
     _record(labels, k.shape[-2], [*lead, (q.shape[-1], _dim_labels(labels.of(q), n - 1))])
     _record(labels, k.shape[-2], [*lead, (v.shape[-1], _dim_labels(labels.of(v), n - 1))])
-    mask = kwargs.get("attn_mask")
-    for f in labels.of(mask):
+    if kwargs.get("attn_mask") is not None:
+        _masked(labels, kwargs["attn_mask"], scores)
+    labels.put(result, fields)
+
+
+def _masked(labels: Labels, mask: Tensor, scores: Fields) -> None:
+    """A mask that broadcasts against the scores [*, L, S]: where it has extent, it holds them."""
+    fields = [align(f, scores[0].ndim) for f in labels.of(mask)] if scores else labels.of(mask)
+    for f in fields:
         for g in scores:
-            labels.relate(align(f, g.ndim), g)
+            labels.relate(f, g)
         if not scores:
             labels.lock(f, "masks attention whose channels are fixed")
-    labels.put(result, fields)
+    covered: frozenset[int] = frozenset().union(*(varying(f) for f in fields))
+    for g in scores:
+        shape = (1,) * (g.ndim - mask.dim()) + tuple(mask.shape)
+        bare = {d for d, size in enumerate(shape) if size > 1 and d not in covered}
+        labels.mix(g, bare, "masked by a tensor whose channels are fixed")
 
 
 @product("aten.convolution")

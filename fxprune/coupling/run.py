@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
+from fxprune import trees
+from fxprune.capture import Captured, state_kept
 from fxprune.products import Product, as_product, evaluating, storage_key
-from fxprune.tracing import LEAVES, Captured, state_kept
+from fxprune.tracing import LEAVES
 from fxprune.types import IntArray
+from fxprune.whole import KeptWhole
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ class _LabelInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.mode.node, self.mode.count = n.name, 0
         self.labels.where = f"{n.name} ({n.target})" if n.op == "call_module" else n.name
-        self.labels.opaque = n.op == "call_module" and not isinstance(
-            self.submodules[str(n.target)], LEAVES
+        self.labels.opaque = isinstance(n.target, KeptWhole) or (
+            n.op == "call_module" and not isinstance(self.submodules[str(n.target)], LEAVES)
         )
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.expands = n.op != "call_module" and _expands(n)
@@ -126,15 +129,14 @@ class _LabelInterpreter(fx.Interpreter):
         self.values[n.name] = self._traits(result)
         if n.op == "output":
             self.labels.where = ""
-            tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            self.labels.lock_all(tensors, "model output")
+            self.labels.lock_all(trees.tensors(result), "model output")
         return result
 
     def _traits(self, value: Any) -> Any:
         def one(t: Tensor) -> Traits:
             return Traits(tuple(t.shape), t.dtype, tuple(self.labels.of(t)))
 
-        return tree_map_only(Tensor, one, value)
+        return trees.map_tensors(one, value)
 
 
 def tensors_of(module: torch.nn.Module) -> list[tuple[str, Tensor]]:

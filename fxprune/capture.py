@@ -1,0 +1,150 @@
+"""nn.Module + example inputs -> Captured: the graph of the model, whatever the model is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.attention import TraceableAttention
+from fxprune.copies import copied
+from fxprune.errors import ModelError
+from fxprune.inputs import Inputs
+from fxprune.products import evaluating
+from fxprune.rephrase import rephrase
+from fxprune.tracing import ConcreteTracer
+from fxprune.values import IN_PLACE
+from fxprune.whole import Whole
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced model.
+
+    graph_module  eval mode; parameters and buffers are the model's own tensors
+    base          copy of the user's model that shares those tensors, attention made traceable
+    given         the example inputs, and how the user's class takes them
+    opaque        path of each module kept whole -> reason
+    """
+
+    graph_module: fx.GraphModule
+    base: nn.Module
+    given: Inputs
+    opaque: dict[str, str]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The example inputs, one for each placeholder."""
+        return self.given.values
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares the parameters, with attention made traceable.
+
+    Buffers are copied: a forward that writes to them must not change the user's.
+    """
+    base = copied(model, {id(t): t for t in model.parameters()})
+    for path, module in list(base.named_modules()):
+        if path and TraceableAttention.replaces(module):
+            parent, _, name = path.rpartition(".")
+            assert isinstance(module, nn.MultiheadAttention)
+            setattr(base.get_submodule(parent), name, TraceableAttention(module))
+    return base.eval()
+
+
+@contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Attributes and buffers that a run replaces, and buffers that it writes to, are put back.
+
+    What the tracer itself adds (tensors that are constants of the graph) stays.
+    """
+    internal = nn.Module().__dict__
+    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    values = {id(t): t.clone() for _, _, own in held for t in own.values() if t is not None}
+    containers = [
+        (v, copy.copy(v))
+        for _, own, _ in held
+        for k, v in own.items()
+        if isinstance(v, (dict, list, set)) and k not in internal
+    ]
+    try:
+        yield
+    finally:
+        for container, content in containers:  # caches that forward fills
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        with torch.no_grad():
+            for m, attributes, buffers in held:
+                made = {k: v for k, v in m.__dict__.items() if k.startswith("_tensor_constant")}
+                m.__dict__.clear()
+                m.__dict__.update(made | attributes)
+                m._buffers.clear()
+                m._buffers.update(buffers)
+                for t in buffers.values():
+                    if t is not None:
+                        t.copy_(values[id(t)])
+
+
+def capture(model: nn.Module, example_inputs: Any) -> Captured:
+    """Trace ``model``; it is left as it was. Raises ModelError when it does not run."""
+    inputs = Inputs.of(example_inputs)
+    base = shared_copy(model)
+    whole = Whole()
+    rng = torch.get_rng_state()
+    try:
+        with evaluating(base):
+            graph = _trace(base, inputs, whole)
+    finally:
+        torch.set_rng_state(rng)
+    rephrase(graph)
+    for node in graph.nodes:
+        node.meta.pop("value", None)
+    graph.eliminate_dead_code(lambda n: _impure(n, base))
+    gm = fx.GraphModule(base, graph, type(model).__name__)
+    gm.eval()
+    return Captured(gm, base, inputs, whole.modules | whole.named_functions())
+
+
+def _trace(base: nn.Module, inputs: Inputs, whole: Whole) -> fx.Graph:
+    """The graph; what cannot be recorded is added to ``whole``, the smallest part first."""
+    while True:
+        tracer = ConcreteTracer(inputs, whole)
+        try:
+            with state_kept(base):
+                return tracer.trace(base)
+        except Exception as error:
+            _check_runs(base, inputs)
+            if not whole.blame(error, tracer.failed):
+                raise ModelError(
+                    f"{type(base).__name__}.forward cannot be traced: {type(error).__name__}: "
+                    f"{error}. Move control flow on data into a submodule; it is then kept whole"
+                ) from error
+
+
+def _check_runs(base: nn.Module, inputs: Inputs) -> None:
+    try:
+        inputs.call(base)
+    except Exception as error:
+        shapes = [
+            tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs.values
+        ]
+        raise ModelError(
+            f"{type(base).__name__} raises on the example inputs {shapes}: "
+            f"{type(error).__name__}: {error}. Give inputs that the model accepts"
+        ) from error
+
+
+def _impure(node: fx.Node, base: nn.Module) -> bool:
+    """Whether a node without users must stay: it may write to a tensor."""
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    writes = name.endswith("_") or name in ("setitem", "_enter_autocast", "_exit_autocast", *IN_PLACE)
+    return node.op != "get_attr" and (
+        writes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )

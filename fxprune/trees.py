@@ -1,0 +1,70 @@
+"""Nested values: tensors in tuples, lists, mappings, dataclasses and what is registered as a pytree.
+
+torch's pytree takes a dataclass for a leaf unless it was registered; models return them, so here
+they are containers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass instance that pytree knows nothing of."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, (type, dict)):
+        return None
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything that is no container, in order."""
+    for leaf in pytree.tree_leaves(value):
+        inner = _fields(leaf)
+        if inner is None:
+            yield leaf
+        else:
+            yield from leaves(inner)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in ``value``, in order."""
+    return [t for t in leaves(value) if isinstance(t, Tensor)]
+
+
+def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same with every tensor changed; a dataclass becomes the dict of its fields."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        inner = _fields(leaf)
+        return leaf if inner is None else map_tensors(change, inner)
+
+    return pytree.tree_map(one, value)
+
+
+def holds(value: Any, wanted: Callable[[Any], bool], depth: int = 6) -> bool:
+    """Whether ``value`` is or contains, also in the attributes of objects, something wanted."""
+    seen: set[int] = set()
+
+    def look(v: Any, left: int) -> bool:
+        if wanted(v):
+            return True
+        if left == 0 or id(v) in seen or isinstance(v, (str, bytes, int, float, type, Tensor)):
+            return False
+        seen.add(id(v))
+        if isinstance(v, dict):
+            inner = [*v.values()]
+        elif isinstance(v, (list, tuple, set, frozenset)):
+            inner = [*v]
+        else:
+            inner = []
+        inner += [*getattr(v, "__dict__", {}).values()]
+        return any(look(i, left - 1) for i in inner)
+
+    return look(value, depth)

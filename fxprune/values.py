@@ -1,0 +1,206 @@
+"""Proxies that know the value of their node: what Python sees while a model is traced.
+
+Some values follow from the data and not from the shapes of the inputs: how many boxes are left, what
+``.item()`` gave. They are marked (``data``), and so is what is made from them. Python may pass them
+on, but where it needs the number itself, that number holds for the example inputs only: TraceError.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import TraceError
+
+# Calls whose result has an extent that depends on data.
+FOLLOW_DATA = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms")
+# Calls that give Python the data of a tensor.
+READ_DATA = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")
+# Calls with as many results as a tensor is long, where the count is not given.
+PARTS = ("unbind", "split", "tolist")
+
+
+class Value(fx.Proxy):
+    """A proxy that knows the concrete value of its node."""
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["value"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_is_param", "_is_buffer"):  # asked by isinstance(x, nn.Parameter)
+            return False
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.__dict__.get("attr") == "device":  # x.device.type is a string for Python alone
+            return getattr(self.value, name)
+        return Attribute(self, name)
+
+    def __len__(self) -> int:
+        self.settled("its length")
+        return len(self.value)
+
+    def __index__(self) -> int:
+        return int(self._number().__index__())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __contains__(self, item: Any) -> bool:
+        return any(bool(item == part) for part in self)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def _in_place(self, name: str, other: Any) -> Any:
+        if not isinstance(self.value, Tensor):
+            return NotImplemented
+        target = getattr(operator, name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    def _number(self) -> Any:
+        if isinstance(self.value, Tensor):
+            raise TraceError(f"Python reads the data of tensor {self.node.name!r}")
+        self.settled("its value")
+        return self.value
+
+    def settled(self, what: str) -> None:
+        """Raise TraceError where a number that Python needs depends on data."""
+        if not self.node.meta.get("data"):
+            return
+        value = self.value
+        if isinstance(value, dict) or (
+            isinstance(value, (tuple, list)) and not varies(self.node)
+        ):
+            return
+        raise TraceError(f"Python needs {what}, but {self.node.name!r} depends on data")
+
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in IN_PLACE:
+    setattr(Value, f"__{_name}__", functools.partialmethod(Value._in_place, _name))
+
+
+class Attribute(Value):
+    """``x.name``, recorded only when it is used as a value and not called."""
+
+    def __init__(self, root: Value, name: str) -> None:
+        self.root, self.attr, self.tracer = root, name, root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def value(self) -> Any:
+        return getattr(self.root.value, self.attr)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        if self._node is None:
+            made = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self._node = made.node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def is_traced(value: Any) -> bool:
+    return type(value) in (Value, Attribute)
+
+
+# -- marks ------------------------------------------------------------------------------------
+
+
+def named(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def varies(node: fx.Node) -> bool:
+    """Whether a sequence that depends on data has a length that does too."""
+    name = named(node)
+    counted = len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
+    return name in PARTS and not (name == "split" and counted)
+
+
+def follows_data(node: fx.Node) -> bool:
+    """Whether the size of a node's value, or the number that it is, comes from data."""
+    name = named(node)
+    if name == "getitem" and len(node.args) > 1:
+        listed = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        masks = [i.meta.get("value") for i in listed if isinstance(i, fx.Node)]
+        if any(isinstance(m, Tensor) and m.dtype in (torch.bool, torch.uint8) for m in masks):
+            return True
+    if name in FOLLOW_DATA or name in READ_DATA:
+        return True
+    if name == "where" and len(node.args) + len(node.kwargs) == 1:
+        return True
+    return any(i.meta.get("data") and _passes(node, i) for i in node.all_input_nodes)
+
+
+_ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "pow", "neg", "eq", "ne", "lt", "gt", "le"}
+
+
+def _passes(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a mark goes on: a tensor keeps its extent when a number is added to it."""
+    number = isinstance(source.meta.get("value"), (int, float))
+    return not (
+        number and isinstance(node.meta.get("value"), Tensor) and named(node) in _ARITHMETIC
+    )
+
+
+# -- builtins ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def seen_as_values() -> Iterator[None]:
+    """Python's own functions take traced values for what they stand for, inside the block.
+
+    ``isinstance`` is told what the value is. Only Python is: torch's C++ code asks for the real
+    type and must get it, since it would read a proxy's memory as a tensor's. ``len`` of a tensor,
+    and ``min`` and ``max`` of numbers that depend on data, are recorded.
+    """
+    kept = {name: getattr(builtins, name) for name in ("isinstance", "len", "min", "max")}
+    is_instance: Callable[[Any, Any], bool] = kept["isinstance"]
+
+    def seen(obj: Any, kinds: Any, /) -> bool:
+        if is_instance(obj, kinds):
+            return True
+        return type(obj) in (Value, Attribute) and is_instance(obj.value, kinds)
+
+    def length(obj: Any, /) -> Any:
+        if type(obj) in (Value, Attribute) and is_instance(obj.value, Tensor):
+            return obj.tracer.create_proxy("call_function", kept["len"], (obj,), {})
+        return kept["len"](obj)
+
+    def extreme(name: str) -> Callable[..., Any]:
+        original = kept[name]
+
+        @functools.wraps(original)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            marked = [a for a in args if type(a) in (Value, Attribute) and a.node.meta.get("data")]
+            if marked and kept["len"](args) > 1 and not kwargs:
+                return marked[0].tracer.create_proxy("call_function", original, args, {})
+            return original(*args, **kwargs)
+
+        return choose
+
+    patches = {"isinstance": seen, "len": length, "min": extreme("min"), "max": extreme("max")}
+    for name, patch in patches.items():
+        setattr(builtins, name, patch)
+    try:
+        yield
+    finally:
+        for name, original in kept.items():
+            setattr(builtins, name, original)
