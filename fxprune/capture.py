@@ -144,7 +144,12 @@ def _impure(node: fx.Node, base: nn.Module) -> bool:
     if node.op in ("placeholder", "output", "call_module"):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = name.endswith("_") or name in ("setitem", "_enter_autocast", "_exit_autocast", *IN_PLACE)
+    writes = name.endswith("_") or name in (
+        "setitem",
+        "_enter_autocast",
+        "_exit_autocast",
+        *IN_PLACE,
+    )
     return node.op != "get_attr" and (
         writes or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     )

@@ -166,6 +166,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from fxprune.inputs import samples_of
     from fxprune.models import load_model
     from fxprune.traced import trace
 
@@ -177,7 +178,7 @@ def _inspect(args: argparse.Namespace) -> None:
     for name, reason in traced.locked.items():
         if name not in groups:
             console.print(f"kept whole: {name}: {reason}", markup=False)
-    batch = int(inputs[0].shape[0]) if inputs[0].dim() else 1
+    batch = samples_of(traced.example_inputs)
     cost = traced.cost()
     console.print(
         f"{cost.macs:,} MACs at batch {batch}, {cost.params:,} parameters, "

@@ -19,7 +19,7 @@ import os
 import struct
 import sys
 import urllib.error
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +30,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
+from fxprune.batches import Batch, check_batch, random_batches, select
 from fxprune.errors import DataError, FxpruneError, SpecError, unknown
+from fxprune.inputs import Inputs, divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 
 SPECS = ("digits", "fashion-mnist", "imagefolder", "random")
-
-Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Checked calibration batches.
 
-    batches   tuples of the model's positional inputs, each [N, ...] as the example inputs
+    batches   tuples with the model's inputs, each [N, ...] as the example inputs
     samples   sum of N
-    random    True: no data was given, these are standard normal inputs
+    random    True: no data was given, these are random inputs
     """
 
     batches: tuple[Batch, ...]
@@ -64,7 +65,7 @@ class Calibration:
 
 def calibration_batches(
     data: Iterable[Any] | Tensor | None,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Any,
     *,
     limit: int = 256,
     batch_size: int = 64,
@@ -73,8 +74,11 @@ def calibration_batches(
     """At most ``limit`` samples of ``data`` in batches of at most ``batch_size``.
 
     data: an iterable of inputs, (inputs, targets), tuples or dicts of inputs; one array or tensor
-    [N, ...]; or None for standard normal inputs. It is iterated once, and no further than needed.
-    From a dict, each example input takes the first value of its shape that is not yet taken.
+    [N, ...]; or None for random inputs. It is iterated once, and no further than needed.
+    example_inputs: as for ``trace``, or an ``Inputs``; an input may be nested. Where a list holds
+    the samples (a detector's images), every batch has as many as the example, of any size.
+    From a dict, keyword inputs are taken by name; else each example input takes the first value of
+    its shape that is not yet taken. Inputs that are no tensors are those of the example.
     The batches are copies on the example inputs' device and in their dtype. RNG states (torch,
     numpy, random, and the loader's own generator) are as they were; in between they are seeded, so
     that a shuffling loader gives the same samples each time.
@@ -82,27 +86,22 @@ def calibration_batches(
     Raises DataError: no samples, NaN or Inf, another shape than the example inputs (but for the
     first dim), something that is no tensor, or an error of the loader itself.
     """
-    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    given = Inputs.of(example_inputs)
     if limit < 1 or batch_size < 1:
         raise SpecError(f"at least one calibration sample is needed, got {limit}")
     if data is None:
-        odd = [_describe(x) for x in examples if not isinstance(x, Tensor)]
-        if odd:
-            raise DataError(
-                f"random calibration inputs can only be made like tensors; the example inputs hold "
-                f"{', '.join(odd[:3])}: give data=, or use trace() and a plan of your own"
-            )
-        return Calibration(_random(examples, limit, batch_size, seed), limit, random=True)
+        batches = random_batches(given, limit, batch_size, seed)
+        return Calibration(batches, sum(samples_of(b) for b in batches), random=True)
     if isinstance(data, (Tensor, np.ndarray)):
         data = [data]
-    batches: list[Batch] = []
+    found: list[Batch] = []
     samples = 0
     with _untouched(data, seed):
         for i, item in enumerate(guarded(data)):
-            batch = _check(_select(item, examples, i), examples, i)
-            for part in _split(batch, examples, min(batch_size, limit - samples), limit - samples):
-                batches.append(part)
-                samples += len(part[0])
+            batch = check_batch(select(item, given, i), given.values, i)
+            for part in _split(batch, min(batch_size, limit - samples), limit - samples):
+                found.append(part)
+                samples += samples_of(part)
             if samples >= limit:
                 break
     if not samples:
@@ -110,7 +109,18 @@ def calibration_batches(
             "the data yields no samples; give an iterable with at least one batch (a generator "
             "that was used before is empty)"
         )
-    return Calibration(tuple(batches), samples)
+    return Calibration(tuple(found), samples)
+
+
+def _split(batch: Batch, size: int, left: int) -> Iterator[Batch]:
+    """Parts of at most ``size`` samples, ``left`` in all; copies, since loaders reuse memory."""
+    if not divisible(batch):
+        yield tree_map_only(Tensor, torch.clone, batch)
+        return
+    n = min(samples_of(batch), left)
+    for start in range(0, n, size):
+        part = part_of(batch, slice(start, min(start + size, n)))
+        yield tree_map_only(Tensor, torch.clone, part)
 
 
 def guarded(data: Iterable[Any]) -> Iterator[Any]:
@@ -126,101 +136,6 @@ def guarded(data: Iterable[Any]) -> Iterator[Any]:
         ) from e
     except Exception as e:
         raise DataError(f"the data raised {type(e).__name__} while iterated: {e}") from e
-
-
-def _select(item: Any, examples: Sequence[Any], i: int) -> list[Any]:
-    """The model's inputs out of one item of the data."""
-    if isinstance(item, Mapping):
-        left = list(item.values())
-        chosen = []
-        for example in examples:
-            fits = [k for k, v in enumerate(left) if _tail(v) == tuple(example.shape[1:])]
-            if not fits:
-                found = ", ".join(f"{k}: {_describe(v)}" for k, v in item.items())
-                raise DataError(f"batch {i} has no value like {_describe(example)}; it has {found}")
-            chosen.append(left.pop(fits[0]))
-        return chosen
-    if not isinstance(item, (tuple, list)):
-        return [item]
-    if len(item) and isinstance(item[0], (tuple, list)) and len(examples) > 1:
-        item = item[0]  # ((a, b), targets)
-    if len(item) < len(examples):
-        raise DataError(
-            f"batch {i} has {len(item)} values, the model takes {len(examples)} inputs; give "
-            "(inputs, targets), or a tuple of all inputs"
-        )
-    return list(item[: len(examples)])
-
-
-def _check(values: Sequence[Any], examples: Sequence[Any], i: int) -> Batch:
-    """Values as tensors in the examples' dtype and device. Raises DataError."""
-    batch = []
-    for value, example in zip(values, examples, strict=True):
-        if not isinstance(value, (Tensor, np.ndarray)):
-            raise DataError(
-                f"batch {i} holds {_describe(value)} where a tensor is expected; give inputs, "
-                "(inputs, targets) or a dict of inputs"
-            )
-        x = torch.as_tensor(value).detach()
-        if _tail(x) != tuple(example.shape[1:]):
-            raise DataError(_other_shape(x, example, i))
-        if x.is_floating_point() != example.is_floating_point():
-            raise DataError(
-                f"batch {i} is {x.dtype}, the example inputs are {example.dtype}; convert the data "
-                "in the loader, scaled as in training"
-            )
-        if x.is_floating_point() and not bool(x.isfinite().all()):
-            raise DataError(f"batch {i} holds NaN or Inf; remove such samples from the data")
-        batch.append(x.to(device=example.device, dtype=example.dtype))
-    return tuple(batch)
-
-
-def _other_shape(x: Tensor, example: Tensor, i: int) -> str:
-    expected = f"[N, {', '.join(map(str, example.shape[1:]))}]"
-    cure = "give data of that shape, or example inputs of the data's shape"
-    if x.shape == example.shape[1:]:
-        cure = "single samples need a batch dim: wrap the data set in a DataLoader"
-    return f"batch {i} has shape {list(x.shape)}, expected {expected} as the example inputs; {cure}"
-
-
-def _split(batch: Batch, examples: Sequence[Any], size: int, left: int) -> Iterator[Batch]:
-    """Parts of at most ``size`` samples, ``left`` in all; copies, since loaders reuse memory."""
-    lengths = {len(x) for x in batch if x.dim()}
-    if len(lengths) != 1:
-        raise DataError(
-            f"the inputs of one batch have {sorted(lengths)} samples; give equally many"
-        )
-    n = min(lengths.pop(), left)
-    for start in range(0, n, size):
-        yield tuple(x[start : min(start + size, n)].clone() for x in batch)
-
-
-def _tail(value: Any) -> tuple[int, ...] | None:
-    shape = getattr(value, "shape", None)
-    return tuple(int(n) for n in shape[1:]) if shape is not None and len(shape) else None
-
-
-def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"{type(value).__name__} {list(shape)}"
-
-
-def _random(examples: Sequence[Any], samples: int, batch_size: int, seed: int) -> tuple[Batch, ...]:
-    """Standard normal inputs; integers are uniform over the range of the example's own."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for start in range(0, samples, batch_size):
-        batch = []
-        for x in examples:
-            shape = (min(batch_size, samples - start), *x.shape[1:])
-            if x.is_floating_point():
-                y = torch.randn(shape, generator=generator)
-            else:
-                low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
-                y = torch.randint(low, high + 1, shape, generator=generator)
-            batch.append(y.to(device=x.device, dtype=x.dtype))
-        batches.append(tuple(batch))
-    return tuple(batches)
 
 
 @contextmanager
@@ -242,7 +157,7 @@ def _untouched(data: Any, seed: int) -> Iterator[None]:
 
 def load_data(
     spec: str,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Any,
     *,
     train: bool = True,
     batch_size: int = 64,
@@ -259,7 +174,7 @@ def load_data(
     name, _, folder = spec.partition(":")
     if name == "random":
         return None
-    example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
+    example = Inputs.of(example_inputs).values[0]
     if name == "imagefolder":
         return _image_folder(folder, example, batch_size, seed)
     if name == "digits":

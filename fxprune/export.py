@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import ExportError, ModelError, OutputError, SpecError
+from fxprune.inputs import Inputs, Positional
 from fxprune.isolate import exact_arithmetic, quiet_exporters, rng_kept
 from fxprune.products import evaluating
 
@@ -120,7 +121,7 @@ class _Result:
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Any,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
@@ -129,8 +130,9 @@ def export_onnx(
 ) -> ExportReport:
     """Export ``model`` to ONNX at ``path`` and compare it with the model in onnxruntime.
 
-    example_inputs: a tensor [N, ...] or a tuple of the model's positional arguments (tensors, also
-    nested in tuples, lists and dicts); all tensors whose first dim is N share one batch dim.
+    example_inputs: a tensor [N, ...], a tuple of the model's positional arguments or a mapping of
+    keyword arguments (tensors, also nested in tuples, lists and dicts; what is no tensor stays as
+    it is); all tensors whose first dim is N share one batch dim. Keywords name the file's inputs.
     Outputs may be nested; they are flattened in order, a dict's by its keys.
 
     An existing file is replaced only by a checked one. Model modes, RNG state and the example
@@ -140,9 +142,9 @@ def export_onnx(
     """
     target = _writable(Path(path))
     check_opset(opset)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    model, inputs, names = _by_position(model, example_inputs)
     with evaluating(model), rng_kept(), exact_arithmetic(), quiet_exporters():
-        job, notes = _prepare(model, inputs, opset, tolerance, dynamic_batch)
+        job, notes = _prepare(model, inputs, names, opset, tolerance, dynamic_batch)
         attempts = [_Attempt(e, d) for d in (True, False) for e in ("torch.export", "torchscript")]
         for attempt in attempts:
             if attempt.dynamic and len(job.samples) == 1:
@@ -197,8 +199,27 @@ def _report(
 # --- what is compared -----------------------------------------------------------------------
 
 
+def _by_position(
+    model: nn.Module, example_inputs: Any
+) -> tuple[nn.Module, tuple[Any, ...], tuple[str, ...] | None]:
+    """(model of positional tensors, its inputs, their names in the file or None)."""
+    given = Inputs.of(example_inputs)
+    fixed = any(not isinstance(v, Tensor) and not pytree.tree_leaves(v) for v in given.values)
+    fixed |= any(isinstance(v, (bool, int, float, str)) for v in given.values)
+    if given.names is None and not fixed:
+        return model, given.values, None
+    made = Positional(model, given)
+    single = all(isinstance(v, Tensor) for v in made.given().values)
+    return made, made.given().values, made.given().names if single else None
+
+
 def _prepare(
-    model: nn.Module, inputs: tuple[Any, ...], opset: int | None, tolerance: float, dynamic: bool
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    names: tuple[str, ...] | None,
+    opset: int | None,
+    tolerance: float,
+    dynamic: bool,
 ) -> tuple[_Job, list[str]]:
     """Inputs and the model's own outputs at every batch size to compare, and what went wrong."""
     leaves = pytree.tree_leaves(inputs)
@@ -234,7 +255,8 @@ def _prepare(
         samples[n], expected[n] = given, tuple(_numpy(t) for t in named.values())
         names_out = tuple(named)
     notes += _check_outputs(names_out, expected[batch])
-    names_in = ("input",) if len(leaves) == 1 else tuple(f"input_{i}" for i in range(len(leaves)))
+    numbered = ("input",) if len(leaves) == 1 else tuple(f"input_{i}" for i in range(len(leaves)))
+    names_in = names or numbered
     job = _Job(
         model, inputs, opset, tolerance, names_in, names_out, batch, batched, samples, expected
     )

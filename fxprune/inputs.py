@@ -6,11 +6,12 @@ own class is called as the user calls it; :class:`Inputs` knows how.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import ModelError
 
@@ -53,12 +54,70 @@ class Inputs:
 
 
 class Positional(nn.Module):
-    """A model that takes keyword inputs, as one that takes them by position."""
+    """A model by the tensors among its inputs alone, by position; the other inputs are fixed."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model, self.inputs = model, inputs
+        self.open = [i for i, v in enumerate(inputs.values) if _holds_tensors(v)]
         self.training = model.training
 
+    def given(self) -> Inputs:
+        """The example inputs that are left."""
+        names = self.inputs.names
+        return Inputs(
+            tuple(self.inputs.values[i] for i in self.open),
+            None if names is None else tuple(names[i] for i in self.open),
+        )
+
     def forward(self, *values: Any) -> Any:
-        return self.inputs.call(self.model, values)
+        given = list(self.inputs.values)
+        for i, value in zip(self.open, values, strict=True):
+            given[i] = value
+        return self.inputs.call(self.model, given)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+# -- batches ----------------------------------------------------------------------------------
+
+
+def samples_of(values: Sequence[Any]) -> int:
+    """How many samples a batch has.
+
+    First dim of the first tensor that is an input or in a mapping; where there is none, the length
+    of the first list of tensors (a detector's images); 1 where there is none either.
+    """
+    for value in values:
+        for t in _along_batch(value):
+            return len(t)
+    lists = (v for v in values if isinstance(v, (list, tuple)) and _holds_tensors(v))
+    return next((len(v) for v in lists), 1)
+
+
+def part_of(values: Sequence[Any], part: slice) -> tuple[Any, ...]:
+    """The same with ``part`` of the samples: of every tensor that is as long as the batch."""
+    count = samples_of(values)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: cut(v) for k, v in value.items()}
+        along = isinstance(value, Tensor) and value.dim() and len(value) == count
+        return value[part] if along else value
+
+    return tuple(cut(v) for v in values) if divisible(values) else tuple(values)
+
+
+def divisible(values: Sequence[Any]) -> bool:
+    """Whether a batch can be divided: not where a list holds the samples."""
+    return any(True for v in values for _ in _along_batch(v))
+
+
+def _along_batch(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _along_batch(inner)
+    elif isinstance(value, Tensor) and value.dim():
+        yield value

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.capture import Captured, state_kept
 from fxprune.isolate import rng_kept
 from fxprune.products import evaluating, storage_key
-from fxprune.tracing import Captured, state_kept
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     FILE.py:FACTORY          a function or class without required arguments in a Python file
     package.module:FACTORY   the same in an importable module
 
-A factory returns a model, or (model, example inputs).
+A factory returns a model, or (model, example inputs); a mapping holds keyword inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fxprune.checkpoint import check_finite, load_state, read_state
 from fxprune.errors import FxpruneError, ModelError, SpecError, unknown
+from fxprune.inputs import Inputs
 from fxprune.isolate import rng_kept
 
 PRETRAINED = "default"
@@ -38,7 +39,7 @@ _FORMS = "expected torchvision:NAME, timm:NAME, FILE.py:FACTORY or package.modul
 
 def load_model(
     spec: str, weights: str | None = None, input_shape: str | None = None, seed: int = 0
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
+) -> tuple[nn.Module, Any]:
     """The model of ``spec`` and example inputs (standard normal, or the factory's own).
 
     weights      file (see checkpoint.read_state), "default" for the library's own, or None
@@ -130,7 +131,7 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, ...] | 
 # --- the user's own code ------------------------------------------------------------------------
 
 
-def _from_factory(spec: str) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
+def _from_factory(spec: str) -> tuple[nn.Module, Any]:
     place, _, name = spec.rpartition(":")
     folder = Path(place).absolute().parent if place.endswith(".py") else Path.cwd()
     with _importable(folder):
@@ -150,9 +151,12 @@ def _from_factory(spec: str) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
             f"{spec} returned {type(model).__name__}; expected a torch.nn.Module, or a pair "
             "(module, example inputs)"
         )
-    if inputs is not None and not isinstance(inputs, tuple):
-        inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
-    return model, inputs
+    return model, None if inputs is None else _as_given(inputs)
+
+
+def _as_given(inputs: Any) -> Any:
+    """A mapping of keyword inputs as it is; positional inputs as a tuple."""
+    return inputs if isinstance(inputs, Mapping) else Inputs.of(inputs).values
 
 
 def _load_file(place: str, spec: str) -> ModuleType:

@@ -1,8 +1,8 @@
 """Normalisation layers that are written by hand, recognised by what they compute.
 
-Model code often has its own RMSNorm: x * rsqrt(mean(x ** 2) + eps) * weight. Op by op, that is a mean
-over channels, which cannot lose any; as a norm it can, with its statistics over the channels that
-stay. A module counts as one when it gives the norm's values on random inputs of several sizes.
+Model code often has its own RMSNorm: x * rsqrt(mean(x ** 2) + eps) * weight. Op by op, that is a
+mean over channels, which cannot lose any; as a norm it can, with its statistics over the channels
+that stay. A module counts as one when it gives the norm's values on random inputs of several sizes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fxprune.errors import DataError, InternalError
+from fxprune.inputs import samples_of
 from fxprune.moments import (
     MAX_VARIABLES,
     InputAccumulator,
@@ -222,7 +223,7 @@ class _Pass:
 
     def feed(self, inputs: tuple[Any, ...]) -> None:
         """One batch."""
-        batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
+        batch = samples_of(inputs)
         if batch == 0:
             return
 

@@ -23,6 +23,7 @@ from fxprune.data import Calibration, calibration_batches
 from fxprune.distill import Distillation, distill
 from fxprune.errors import ModelError, SpecError, unknown
 from fxprune.fitness import EvaluateFitness, KLFitness, Repair
+from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
@@ -98,7 +99,8 @@ def prune(
 ) -> PruneResult:
     """Make a smaller model that keeps at most ``budget`` of the original's cost.
 
-    example_inputs  a tensor, or a tuple with one entry for each positional input
+    example_inputs  a tensor, a tuple with one entry for each positional input, or a mapping of
+                    keyword inputs
     budget          a Budget, or the share of the MACs to keep, in (0, 1]
     data            calibration batches: inputs or (inputs, targets); None: random inputs, with a
                     warning (rankings and repair are then as good as random inputs are)
@@ -135,7 +137,7 @@ def prune(
 
 def _calibration(data: Any, traced: Traced, samples: int, seed: int) -> Calibration:
     limit = samples if data is not None else min(samples, RANDOM_SAMPLES)
-    calibration = calibration_batches(data, traced.example_inputs, limit=limit, seed=seed)
+    calibration = calibration_batches(data, traced.captured.given, limit=limit, seed=seed)
     if calibration.random:
         warnings.warn(
             "no calibration data: random inputs are used; give data= for a ranking and a "
@@ -367,15 +369,11 @@ def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
     """(batches for statistics, batches for the fitness): disjoint where there are two samples."""
     whole = list(batches)
     if len(whole) == 1:
-        n = len(whole[0][0]) if isinstance(whole[0][0], Tensor) and whole[0][0].ndim else 1
-        if n < 2:
+        n = samples_of(whole[0])
+        if n < 2 or not divisible(whole[0]):
             return whole, whole
         at = n - max(1, round(HELD_OUT * n))
-        first, last = (
-            tuple(t[s] if isinstance(t, Tensor) else t for t in whole[0])
-            for s in (slice(0, at), slice(at, n))
-        )
-        return [first], [last]
+        return [part_of(whole[0], slice(0, at))], [part_of(whole[0], slice(at, n))]
     held = max(1, round(HELD_OUT * len(whole)))
     return whole[:-held], whole[-held:]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import DataError
+from fxprune.inputs import part_of, samples_of
 from fxprune.products import evaluating, parameter_names, storage_key
 from fxprune.types import PrunePlan
 
@@ -81,10 +82,7 @@ def some(batches: Iterable[Any], most: int) -> list[tuple[Any, ...]]:
         inputs = batch if isinstance(batch, tuple) else (batch,)
         samples = samples_of(inputs)
         if samples > left:
-            inputs = tuple(
-                x[:left] if isinstance(x, Tensor) and x.ndim and len(x) == samples else x
-                for x in inputs
-            )
+            inputs = part_of(inputs, slice(0, left))
         taken.append(inputs)
         left -= samples
         if left <= 0:
@@ -92,11 +90,6 @@ def some(batches: Iterable[Any], most: int) -> list[tuple[Any, ...]]:
     if left == most:
         raise DataError("the calibration data holds no sample; give at least one batch")
     return taken
-
-
-def samples_of(inputs: Sequence[Any]) -> int:
-    """First dim of the first tensor of a batch; 1 where there is none."""
-    return next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
 
 
 Correct = Callable[[str, Any, "tuple[Tensor, Tensor]"], None]

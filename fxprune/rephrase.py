@@ -1,4 +1,4 @@
-"""Equal calls that say more: what a graph does in a way that cannot be cut, said in one that can."""
+"""Equal calls that say more: what cannot be cut as it is written, written so that it can be."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(source, fx.Node) or named(source) != "expand" or len(source.users) > 1:
         return
     x: Any = source.args[0]
-    before, grown, after = (n.meta.get("value") for n in (x, source, node))
-    if not all(isinstance(t, Tensor) for t in (before, grown, after)):
+    values = [n.meta.get("value") for n in (x, source, node)]
+    if not all(isinstance(t, Tensor) for t in values):
         return
+    before, grown, after = (t for t in values if isinstance(t, Tensor))
     dims = [d for d, s in enumerate(grown.shape) if s != before.shape[d - grown.dim()]]
     if before.dim() != grown.dim() or len(dims) != 1 or dims[0] == 0:
         return

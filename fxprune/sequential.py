@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxprune.inputs import samples_of
 from fxprune.isolate import exact_arithmetic, rng_kept
 from fxprune.moments import MAX_VARIABLES, Layout, input_rows, split_weight
 from fxprune.observe import coverage_of
 from fxprune.products import Product, Watch, as_product, evaluating, storage_key
 from fxprune.regression import Cannot, Pair
-from fxprune.renorm import RepairReport, SideBySide, samples_of, some
+from fxprune.renorm import RepairReport, SideBySide, some
 from fxprune.repair import LeastSquares, Writer, kept_variables, named_tensors, parameter_calls
 from fxprune.types import Consumer, PrunePlan
 

@@ -167,7 +167,8 @@ def _matches(group: ChannelGroup, pattern: str) -> bool:
 def trace(model: nn.Module, example_inputs: Any) -> Traced:
     """Trace a model and group its channels. The model is left as it was.
 
-    example_inputs: a tensor, or a tuple with one entry for each positional input of ``forward``.
+    example_inputs: a tensor, a tuple with one entry for each positional input of ``forward``, or a
+    mapping of keyword inputs.
     Raises ModelError when the model does not run on them or its forward cannot be traced.
     """
     captured = capture(model, example_inputs)

@@ -90,9 +90,7 @@ class ConcreteTracer(fx.Tracer):
         if module_qualified_name in self.whole.modules:
             return True
         changed = hasattr(m, "parametrizations") or m._forward_hooks or m._forward_pre_hooks
-        return (
-            isinstance(m, LEAVES) and not changed and type(m).__module__.startswith("torch.")
-        )
+        return isinstance(m, LEAVES) and not changed and type(m).__module__.startswith("torch.")
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.running:
@@ -102,7 +100,11 @@ class ConcreteTracer(fx.Tracer):
         except NameError:  # made in forward, or hidden in a plain list
             return forward(*args, **kwargs)
         norm = self._norm(m)
-        if norm is not None and path not in self.whole.modules and is_traced(args[0] if args else 0):
+        if (
+            norm is not None
+            and path not in self.whole.modules
+            and is_traced(args[0] if args else 0)
+        ):
             return norm.apply(args[0], getattr(m, norm.weight))
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -210,7 +212,9 @@ class ConcreteTracer(fx.Tracer):
         if is_traced(a):
             return a.node
         if isinstance(a, dict) and is_dataclass(a):
-            made = self.create_proxy("call_function", type(a), (), {str(k): v for k, v in a.items()})
+            made = self.create_proxy(
+                "call_function", type(a), (), {str(k): v for k, v in a.items()}
+            )
             return made.node
         try:
             return super().create_arg(a)
@@ -229,8 +233,8 @@ class ConcreteTracer(fx.Tracer):
     def _output(self, value: Any, where: str) -> Any:
         """What a graph can return of an output: objects that hide tensors (caches) are left out."""
         if type(value) in (dict, list, tuple) or (isinstance(value, dict) and is_dataclass(value)):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            kept = {k: self._output(v, f"{where}.{k}") for k, v in items}
+            items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+            kept: Any = {k: self._output(v, f"{where}.{k}") for k, v in items}
             if type(value) in (list, tuple):
                 return type(value)(kept.values())
             return kept if type(value) is dict else type(value)(**kept)
@@ -271,7 +275,7 @@ class ConcreteTracer(fx.Tracer):
         fx_trace._wrapped_fns_to_patch.clear()
         patches: list[tuple[dict[str, Any], str, Any]] = []
         for name in _CREATORS + _OF_VALUES:
-            patches.append((vars(torch), name, self._recorded(getattr(torch, name), name)))
+            patches += [(vars(torch), name, self._recorded(getattr(torch, name), name))]
         patches.append((vars(torch), "_assert", self._checked(torch._assert)))
         for function in self.whole.functions:
             made = self._as_one(function)

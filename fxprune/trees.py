@@ -1,4 +1,4 @@
-"""Nested values: tensors in tuples, lists, mappings, dataclasses and what is registered as a pytree.
+"""Nested values: tensors in tuples, lists, mappings, dataclasses and registered pytrees.
 
 torch's pytree takes a dataclass for a leaf unless it was registered; models return them, so here
 they are containers.

@@ -1,8 +1,8 @@
 """Proxies that know the value of their node: what Python sees while a model is traced.
 
-Some values follow from the data and not from the shapes of the inputs: how many boxes are left, what
-``.item()`` gave. They are marked (``data``), and so is what is made from them. Python may pass them
-on, but where it needs the number itself, that number holds for the example inputs only: TraceError.
+Some values follow from the data and not from the shapes of the inputs: how many boxes are left,
+what ``.item()`` gave. They are marked (``data``), and so is what is made from them. Python may pass
+them on, but where it needs the number itself, that holds for the example inputs only: TraceError.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class Value(fx.Proxy):
         if not self.node.meta.get("data"):
             return
         value = self.value
-        if isinstance(value, dict) or (
-            isinstance(value, (tuple, list)) and not varies(self.node)
-        ):
+        if isinstance(value, dict) or (isinstance(value, (tuple, list)) and not varies(self.node)):
             return
         raise TraceError(f"Python needs {what}, but {self.node.name!r} depends on data")
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, TracebackType
+from types import FrameType, FunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def _called(error: Exception) -> Iterator[FunctionType]:
 
     Only those of the innermost module, and none of the tracer's own.
     """
-    frames = []
+    frames: list[FrameType] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "call_module" and frame.f_globals.get("__name__") == _TRACER:
             frames = []
@@ -107,17 +107,19 @@ def autocast_recorded(tracer: fx.Tracer) -> Iterator[None]:
     def on_enter(self: Any) -> Any:
         if not getattr(tracer, "running", False):
             args = (self.device, self.fast_dtype, self._enabled, self._cache_enabled)
-            node = tracer.create_node("call_function", torch.amp._enter_autocast, args, {})
+            node = tracer.create_node(
+                "call_function", torch.amp.autocast_mode._enter_autocast, args, {}
+            )
             node.meta["value"] = None
             entered.append(node)
-        return enter(self)
+        return enter(self)  # type: ignore[no-untyped-call]
 
     def on_exit(
         self: Any, kind: type[BaseException] | None, error: Any, where: TracebackType | None
     ) -> Any:
         if not getattr(tracer, "running", False) and entered:
             node = tracer.create_node(
-                "call_function", torch.amp._exit_autocast, (entered.pop(),), {}
+                "call_function", torch.amp.autocast_mode._exit_autocast, (entered.pop(),), {}
             )
             node.meta["value"] = None
         return leave(self, kind, error, where)

@@ -124,7 +124,7 @@ def test_rng_is_put_back_after_an_error() -> None:
 
 def test_no_data_is_random_and_says_so() -> None:
     rng = torch.get_rng_state()
-    example = (torch.zeros(2, 3, 8, 8), torch.tensor([[1, 7]]))
+    example = (torch.zeros(2, 3, 8, 8), torch.tensor([[1, 7], [2, 2]]))
     made = calibration_batches(None, example, limit=100)
     assert torch.equal(torch.get_rng_state(), rng)
     assert made.random
@@ -264,6 +264,50 @@ def test_specs() -> None:
         calibration_batches(None, EXAMPLE, limit=0)
 
 
-def test_random_inputs_need_tensors() -> None:
-    with pytest.raises(DataError, match=r"list.*give data="):
-        calibration_batches(None, ([torch.zeros(3, 8, 8)],), limit=2)
+def test_random_inputs_are_like_the_example() -> None:
+    """Images in [0, 1], a mask, tokens, options that are no tensors; lists keep their length."""
+    image = torch.rand(3, 8, 8)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    given = {"ids": torch.tensor([[5, 9, 7], [5, 5, 6]]), "mask": mask, "cache": False}
+    made = calibration_batches(None, given, limit=5, batch_size=4).batches
+    assert [len(b[0]) for b in made] == [4, 1]
+    assert set(torch.cat([b[0] for b in made]).flatten().tolist()) <= set(range(5, 10))
+    assert torch.equal(made[0][1], torch.cat([mask, mask]))
+    assert all(b[2] is False for b in made)
+    lists = calibration_batches(None, ([image, image[:, :4]],), limit=4).batches
+    assert [[tuple(t.shape) for t in b[0]] for b in lists] == [[(3, 8, 8), (3, 4, 8)]] * 2
+    drawn = torch.cat([t.flatten() for b in lists for t in b[0]])
+    assert 0 <= float(drawn.min()) < 0.1 and 0.9 < float(drawn.max()) <= 1
+    assert not torch.equal(lists[0][0][0], lists[1][0][0])
+
+
+def test_inputs_by_name() -> None:
+    given = {"ids": torch.ones(1, 4, dtype=torch.long), "mask": torch.ones(1, 4), "cache": False}
+    ids, mask = torch.arange(12).view(3, 4), torch.rand(3, 4)
+    item = {"labels": torch.zeros(3), "mask": mask, "ids": ids}
+    for data in ([item], [(item, torch.zeros(3))], [(ids, mask)]):
+        (batch,) = calibration_batches(data, given).batches
+        assert torch.equal(batch[0], ids) and torch.equal(batch[1], mask) and batch[2] is False
+    with pytest.raises(DataError, match="no input 'mask'; it has ids"):
+        calibration_batches([{"ids": ids}], given)
+
+
+def test_lists_of_images_of_any_size() -> None:
+    given = ([torch.rand(3, 8, 8), torch.rand(3, 8, 8)],)
+    images = [torch.rand(3, 8, 6), torch.rand(3, 5, 9)]
+    for data in ([images], [(images, [{"boxes": torch.zeros(1, 4)}] * 2)]):
+        made = calibration_batches(data, given)
+        assert made.samples == 2
+        assert all(torch.equal(a, b) for a, b in zip(made.batches[0][0], images, strict=True))
+    with pytest.raises(DataError, match="list of 1 where the example inputs hold 2"):
+        calibration_batches([(images[:1], [])], given)
+
+
+def test_nested_batches_are_divided_together() -> None:
+    given = ({"a": torch.zeros(1, 3), "b": torch.zeros(1, 2)}, torch.zeros(1, 4))
+    a, b, c = torch.rand(5, 3), torch.rand(5, 2), torch.rand(5, 4)
+    first, second = calibration_batches([({"a": a, "b": b}, c)], given, batch_size=3).batches
+    assert torch.equal(torch.cat([first[0]["b"], second[0]["b"]]), b)
+    assert torch.equal(second[1], c[3:])
+    with pytest.raises(DataError, match="give equally many"):
+        calibration_batches([({"a": a, "b": b[:2]}, c)], given)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
+from fxprune.capture import Captured
 from fxprune.coupling.labels import Contraction
 from fxprune.coupling.run import Run, Traits, label_run
 from fxprune.coupling.solve import Solution, signatures, solve
 from fxprune.coupling.verify import Claims, Governing, checked
-from fxprune.capture import Captured
 from fxprune.types import ChannelGroup, Consumer, IntArray, Member, Use
 
 KERNEL = "kernel position"

@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from fxprune import trees
+from fxprune.capture import Captured, state_kept
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
-from fxprune import trees
-from fxprune.capture import Captured, state_kept
 from fxprune.products import Product, as_product, evaluating, storage_key
 from fxprune.tracing import LEAVES
 from fxprune.types import IntArray
