@@ -22,10 +22,11 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import SpecError
 from fxprune.imitate import Point, Target, points, spread, tapped
+from fxprune.inputs import samples_of
 from fxprune.isolate import rng_kept
 from fxprune.products import evaluating
 from fxprune.progress import bar
-from fxprune.renorm import samples_of, some
+from fxprune.renorm import some
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
 
