@@ -208,7 +208,7 @@ def _batches(graph: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]
 
 
 def _positional(graph: nn.Module) -> Call:
-    return lambda inputs: graph(*inputs)
+    return lambda inputs: graph.forward(*inputs)  # __call__ would print what it raises
 
 
 Call = Callable[[Any], Any]

@@ -186,10 +186,13 @@ def _new_sizes(r: Rewriter, sizes: Any, want: tuple[int, ...]) -> Any:
     """Size arguments (numbers and nodes, or one node that is a shape) for the shape ``want``."""
     if isinstance(sizes, fx.Node):
         now = r.sizes.new(sizes)
-        if tuple(now) == want:
+        if all(n in (w, -1) for n, w in zip(now, want, strict=True)):
             return r.env[sizes]
-        parts = []
+        parts: list[Any] = []
         for i, w in enumerate(want):
+            if now[i] == -1:
+                parts.append(-1)
+                continue
             free = r.sizes.old(sizes)[i] == now[i] == w
             parts.append(r.graph.call_function(operator.getitem, (r.env[sizes], i)) if free else w)
         return tuple(parts)

@@ -38,7 +38,18 @@ ORDER = [
     ),
     *("export", "checkpoint"),
     # what the outside gives, and the one place that knows all of them
-    *("batches", "data", "models", "rounds", "pipeline", "tune", "report", "demo", "cli", "__main__"),
+    *(
+        "batches",
+        "data",
+        "models",
+        "rounds",
+        "pipeline",
+        "tune",
+        "report",
+        "demo",
+        "cli",
+        "__main__",
+    ),
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
