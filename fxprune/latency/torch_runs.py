@@ -1,0 +1,115 @@
+"""Time single products, and whole models, in torch: eager or compiled on the CPU, or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fxprune.isolate import rng_kept
+from fxprune.latency.ops import Family
+from fxprune.latency.target import Sample, Target, clock, forget, sample
+
+SECONDS = 0.04  # of repeated runs for one product
+LEAST, MOST = 10, 500
+
+
+@contextmanager
+def threads_of(target: Target) -> Iterator[None]:
+    """torch's intra-op threads are the target's inside the block."""
+    before = torch.get_num_threads()
+    try:
+        if target.name != "cuda":
+            torch.set_num_threads(target.threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_product(target: Target, family: Family, widths: tuple[int, ...]) -> Sample:
+    """Milliseconds of one product with these widths.
+
+    A compiled product is timed in eager mode: the compiler calls the same kernels for products.
+    """
+    with torch.no_grad(), rng_kept(0), threads_of(target):
+        module, x = _product(family, widths)
+        device = torch.device("cuda" if target.name == "cuda" else "cpu")
+        module, x = module.to(device).eval(), x.to(device)
+        call = synchronized(target, lambda: module(x))
+        now = clock(target)
+        for _ in range(3):
+            call()
+        seconds: list[float] = []
+        most = 2 * LEAST if family.cold else MOST  # forgetting takes longer than most products
+        while len(seconds) < LEAST or (sum(seconds) < SECONDS and len(seconds) < most):
+            if family.cold and target.name != "cuda":
+                forget()
+            start = now()
+            call()
+            seconds.append(now() - start)
+    return sample(seconds)
+
+
+def synchronized(target: Target, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, ended only when the GPU has done it."""
+    if target.name != "cuda":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def _product(family: Family, widths: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    cin, cout, groups = family.channels(widths)
+    if family.kind == "linear":
+        return nn.Linear(cin, cout), torch.randn(family.batch, cin)
+    x = torch.randn(family.batch, cin, *family.size)
+    n = len(family.size)
+    kinds: dict[tuple[str, int], Callable[..., nn.Module]] = {
+        ("conv", 1): nn.Conv1d,
+        ("conv", 2): nn.Conv2d,
+        ("conv", 3): nn.Conv3d,
+        ("transposed", 1): nn.ConvTranspose1d,
+        ("transposed", 2): nn.ConvTranspose2d,
+        ("transposed", 3): nn.ConvTranspose3d,
+    }
+    module = kinds[family.kind, n](
+        cin,
+        cout,
+        family.kernel,
+        stride=family.stride,
+        padding=family.padding,
+        dilation=family.dilation,
+        groups=groups,
+    )
+    return module, x
+
+
+def whole_models(
+    target: Target, models: Sequence[nn.Module], inputs: tuple[Any, ...]
+) -> list[Callable[[], object]]:
+    """A call that runs each model once, in eval mode without gradients; the models are copied."""
+    device = torch.device("cuda" if target.name == "cuda" else "cpu")
+    given: Any = tree_map_only(Tensor, lambda t: t.detach().clone().to(device), inputs)
+    return [synchronized(target, _call(target, m, device, given)) for m in models]
+
+
+def _call(
+    target: Target, model: nn.Module, device: torch.device, inputs: tuple[Any, ...]
+) -> Callable[[], object]:
+    own = copy.deepcopy(model).to(device).eval()
+    run: Callable[..., object] = torch.compile(own) if target.name == "torch-compile" else own
+
+    def call() -> object:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return call
