@@ -40,6 +40,7 @@ _BUDGETS = {
     "params": 'parameters that may stay: a share, or an amount like "5M"',
     "bytes": 'bytes of weights that may stay: a share, or an amount like "2.5 MB"',
     "memory": 'peak activation bytes at the batch of --input: a share, or an amount like "2.5 MB"',
+    "latency": 'measured time of one run on --target: a share, or an amount like "4 ms"',
 }
 
 
@@ -111,6 +112,20 @@ def _model_arguments(command: Any) -> None:
     )
 
 
+def _target_arguments(command: Any, default: str | None = None) -> None:
+    names = "onnxruntime-cpu, torch-cpu, torch-compile or cuda"
+    command.add_argument(
+        "--target", default=default, metavar="NAME", help=f"where the model will run: {names}"
+    )
+    command.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="of the target; default: %(default)s"
+    )
+
+
+def _rounding(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _inspect_parser(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
@@ -141,8 +156,13 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument("--allocation", default="local", help="default: %(default)s")
     prune.add_argument("--repair", default="lstsq", help="lstsq, bn or none; default: %(default)s")
     prune.add_argument(
-        "--round-to", type=int, default=8, metavar="N", help="step of widths; default: %(default)s"
+        "--round-to",
+        type=_rounding,
+        metavar="N",
+        help='step of widths, or "auto": those that are fast on --target; default: auto with '
+        "--latency or --target, else 8",
     )
+    _target_arguments(prune)
     prune.add_argument(
         "--calibration-samples", type=int, default=256, metavar="N", help="default: %(default)s"
     )
@@ -223,6 +243,8 @@ def _prune(args: argparse.Namespace) -> None:
     )
     console = _console()
     console.print(_cost_table(args.model, result.before, result.after))
+    if "latency" in result.report:
+        console.print(_latency_text(result.report["latency"]), markup=False, highlight=False)
     _tell(console, reports[0], out, result.report["calibration"])
 
 
@@ -245,6 +267,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "repair": None if args.repair == "none" else args.repair,
         "exclude": tuple(args.exclude),
         "round_to": args.round_to,
+        "target": args.target,
+        "threads": args.threads,
         "seed": args.seed,
         "progress": not args.quiet,
         "calibration_samples": args.calibration_samples,
@@ -301,6 +325,19 @@ def _cost_table(title: str, before: Cost, after: Cost) -> Table:
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     return table
+
+
+def _latency_text(found: Mapping[str, Any]) -> str:
+    """Measured, predicted, and whether the budget holds as measured."""
+    before, after = found["before_ms"], found["after_ms"]
+    text = (
+        f"latency on {found['target']}, {found['threads']} thread(s), batch {found['batch']}: "
+        f"{before:.3f} ms before, {after:.3f} ms after ({before / after:.2f} times faster; "
+        f"{found['predicted_ms']:.3f} ms predicted; medians of {found['runs']} runs)"
+    )
+    if not found.get("holds", True):
+        text += f"; the measured time is above the limit of {found['limit_ms']:.3f} ms"
+    return text
 
 
 def _tell(console: Console, report: ExportReport, out: Path, calibration: str) -> None:

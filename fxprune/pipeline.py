@@ -6,8 +6,9 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from fxprune.errors import ModelError, SpecError, unknown
 from fxprune.fitness import EvaluateFitness, KLFitness, Repair
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
+from fxprune.latency import Keeper, Target
 from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
 from fxprune.rounds import compose, round_budgets, transplanted
@@ -70,7 +72,8 @@ class _Options:
     allocation: Allocator
     repair: str | None
     distillation: Distillation
-    round_to: int
+    round_to: int | str
+    target: Target | None
     seed: int
     progress: bool
     max_evaluations: int
@@ -88,7 +91,9 @@ def prune(
     repair: str | Distillation | None = "lstsq",
     evaluate: Callable[[Any], float] | None = None,
     exclude: Sequence[str] = (),
-    round_to: int = 8,
+    round_to: int | str | None = None,
+    target: str | Target | None = None,
+    threads: int = 1,
     seed: int = 0,
     progress: bool = True,
     calibration_samples: int = 256,
@@ -112,7 +117,10 @@ def prune(
     evaluate        optional: model -> float, higher is better; guides the local search in place of
                     the divergence from the original's outputs
     exclude         shell-style patterns of modules, parameters or groups that stay whole
-    round_to        kept counts are multiples of it (fewer for small groups)
+    round_to        kept counts are multiples of it (fewer for small groups); "auto": those that
+                    are fast on ``target``; default: "auto" with a target or latency, else 8
+    target          where the model will run, and is timed: onnxruntime-cpu (default) |
+                    torch-cpu | torch-compile | cuda, with ``threads`` on the CPU
     steps           rounds of ranking, cutting and repair; each takes the same share
     tune            with ``steps``: called with the model between two rounds; trains it, in place or
                     as a new one that it returns (``lambda m: finetune(m, train_data).model``)
@@ -124,15 +132,16 @@ def prune(
     if steps != 1 or tune is not None:
         return _in_rounds(**given)
     options = _checked(
-        model, budget, criterion, allocation, repair, round_to, seed, progress, max_evaluations,
-        executor,
+        model, budget, criterion, allocation, repair, round_to, target, threads, seed, progress,
+        max_evaluations, executor,
     )  # fmt: skip
     clock = _Clock()
     with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
         calibration = _calibration(data, traced, calibration_samples, seed)
-        return _pruned(model, traced, calibration, options, evaluate, clock)
+        with _keeper(traced, options, clock) as keeper:
+            return _pruned(model, traced, calibration, options, evaluate, keeper, clock)
 
 
 def _calibration(data: Any, traced: Traced, samples: int, seed: int) -> Calibration:
@@ -153,6 +162,7 @@ def _pruned(
     calibration: Calibration,
     o: _Options,
     evaluate: Callable[[Any], float] | None,
+    keeper: Keeper | None,
     clock: _Clock,
 ) -> PruneResult:
     seen, held_out = _split(calibration.batches)
@@ -164,17 +174,45 @@ def _pruned(
     fitness = (
         EvaluateFitness(traced, mend, evaluate) if evaluate else KLFitness(traced, mend, held_out)
     )
-    problem = AllocationProblem(
-        traced, scores, o.budget, o.round_to, o.seed, fitness, o.progress, o.max_evaluations,
-        o.executor,
-    )  # fmt: skip
+    problem = _problem(traced, scores, o, fitness, keeper)
     plan = o.allocation(problem)
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
     measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
     told = _mended(traced, plan, gm, mend, (seen, held_out), measure, o, clock)
-    return _result(model, traced, plan, gm, calibration, told, clock)
+    made = _result(model, traced, plan, gm, calibration, told, clock)
+    if keeper is not None:
+        made.report["latency"] = keeper.report(gm, plan, problem)
+        clock.lap("measure the result")
+    return made
+
+
+@contextmanager
+def _keeper(traced: Traced, o: _Options, clock: _Clock) -> Iterator[Keeper | None]:
+    """What times the model and knows the target's fast widths; None where no target was named."""
+    if o.target is None:
+        yield None
+        return
+    with Keeper(traced, o.target, progress=o.progress) as keeper:
+        clock.lap("measure")
+        yield keeper
+
+
+def _problem(
+    traced: Traced,
+    scores: Mapping[str, Any],
+    o: _Options,
+    fitness: KLFitness | EvaluateFitness,
+    keeper: Keeper | None,
+) -> AllocationProblem:
+    rounding = o.round_to if isinstance(o.round_to, int) or keeper is None else keeper.rounding()
+    assert not isinstance(rounding, str), "auto comes with a target"
+    problem = AllocationProblem(
+        traced, scores, o.budget, rounding, o.seed, fitness, o.progress, o.max_evaluations,
+        o.executor, latency=None if keeper is None else keeper.model,
+    )  # fmt: skip
+    return problem if keeper is None else keeper.tuned(problem)
 
 
 def _result(
@@ -257,8 +295,8 @@ def _in_rounds(
         raise SpecError("tune must be a function of a model, called between rounds: give steps=2")
     o = _checked(
         model, budget, *(given[k] for k in (
-            "criterion", "allocation", "repair", "round_to", "seed", "progress", "max_evaluations",
-            "executor",
+            "criterion", "allocation", "repair", "round_to", "target", "threads", "seed",
+            "progress", "max_evaluations", "executor",
         )),
     )  # fmt: skip
     clock = _Clock()
@@ -341,7 +379,9 @@ def _checked(
     criterion: str | Criterion,
     allocation: str | Allocator,
     repair: str | Distillation | None,
-    round_to: int,
+    round_to: int | str | None,
+    target: str | Target | None,
+    threads: int,
     seed: int,
     progress: bool,
     max_evaluations: int,
@@ -352,17 +392,31 @@ def _checked(
     if not isinstance(budget, Budget):
         budget = Budget(macs=budget)
     allocate.bounds(budget)
+    round_to, target = _aim(budget, round_to, target, threads)
     distillation = repair if isinstance(repair, Distillation) else Distillation()
     repair = "distill" if isinstance(repair, Distillation) else repair
     if repair is not None and repair not in REPAIRS:
         raise unknown("repair", str(repair), REPAIRS)
-    if round_to < 1:
-        raise SpecError(f"round_to must be at least 1, got {round_to}")
     check_finite(model)
     return _Options(
         budget, criteria.get(criterion), allocate.get(allocation), repair, distillation, round_to,
-        seed, progress, max_evaluations, executor,
+        target, seed, progress, max_evaluations, executor,
     )  # fmt: skip
+
+
+def _aim(
+    budget: Budget, round_to: int | str | None, target: str | Target | None, threads: int
+) -> tuple[int | str, Target | None]:
+    """What ``round_to`` and ``target`` are where they were not given. SpecError for others."""
+    if target is None and (round_to == "auto" or "latency" in allocate.bounds(budget)):
+        target = "onnxruntime-cpu"
+    if isinstance(target, str):
+        target = Target(target, threads)
+    if round_to is None:
+        round_to = 8 if target is None else "auto"
+    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
+        raise SpecError(f'round_to must be at least 1, or "auto"; got {round_to!r}')
+    return round_to, target
 
 
 def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:

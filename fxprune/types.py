@@ -19,6 +19,7 @@ from fxprune.errors import PlanError
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+Rounding: TypeAlias = Mapping[str, IntArray]
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,18 @@ class ChannelGroup:
             return step
         return 1 << max(0, (self.width // 4).bit_length() - 1)
 
-    def choices(self, round_to: int) -> IntArray:
-        """Allowed kept counts of each row, ascending; the last one is the full width."""
+    def choices(self, round_to: int | Rounding) -> IntArray:
+        """Allowed kept counts of each row, ascending; the last one is the full width.
+
+        ``round_to``: a step (see :meth:`step`), or the allowed counts of each group by its name;
+        a group that is not among them keeps all.
+        """
+        whole = np.array([self.width], dtype=np.int64)
         if self.locked is not None:
-            return np.array([self.width], dtype=np.int64)
+            return whole
+        if isinstance(round_to, Mapping):
+            given = np.asarray(round_to.get(self.name, whole), dtype=np.int64)
+            return np.union1d(given[(given >= 1) & (given < self.width)], whole)
         step = self.step(round_to)
         counts = np.arange(step, self.width + 1, step, dtype=np.int64)
         return counts if counts[-1] == self.width else np.append(counts, self.width)

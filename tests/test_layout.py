@@ -36,7 +36,7 @@ ORDER = [
         "distill",
         "allocate",
     ),
-    *("export", "checkpoint"),
+    *("export", "latency", "checkpoint"),
     # what the outside gives, and the one place that knows all of them
     *(
         "batches",

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxprune.allocate.budget import bounds
 from fxprune.errors import BudgetError, InputError
-from fxprune.types import Budget, ChannelGroup, FloatArray, IntArray, PrunePlan
+from fxprune.types import Budget, ChannelGroup, FloatArray, IntArray, PrunePlan, Rounding
 
 
 class CostModel(Protocol):
@@ -55,7 +55,8 @@ class AllocationProblem:
     traced            groups and exact costs
     scores            [n] for each group that is not locked; higher = keep
     budget            upper bounds: shares of the original, or absolute values with their units
-    round_to          granularity of kept counts (``ChannelGroup.choices``)
+    round_to          granularity of kept counts, or the allowed counts of each group by its name
+                      (``ChannelGroup.choices``)
     fitness           of a plan, lower is better; None where only scores can guide the choice.
                       A pure function; it is called from the executor's workers
     progress          show a bar on stderr
@@ -72,7 +73,7 @@ class AllocationProblem:
     traced: Prunable
     scores: Mapping[str, FloatArray]
     budget: Budget
-    round_to: int = 8
+    round_to: int | Rounding = 8
     seed: int = 0
     fitness: Callable[[PrunePlan], float] | None = None
     progress: bool = False
@@ -87,7 +88,7 @@ class AllocationProblem:
     def __post_init__(self) -> None:
         if "latency" in bounds(self.budget) and self.latency is None:
             raise BudgetError("a budget for the latency needs a latency model of its target")
-        if self.round_to < 1:
+        if isinstance(self.round_to, int) and self.round_to < 1:
             raise InputError(f"round_to must be at least 1, got {self.round_to}")
         if self.max_evaluations < 1:
             raise InputError(f"max_evaluations must be at least 1, got {self.max_evaluations}")

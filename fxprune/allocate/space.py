@@ -234,8 +234,9 @@ def _unreachable(problem: AllocationProblem, space: Space) -> BudgetError:
     for group in space.groups:
         if group.locked is not None:
             locked[group.locked] += group.n
+    rounding = problem.round_to if isinstance(problem.round_to, int) else "read off a table"
     reasons = "; ".join(f"{n} channels: {why}" for why, n in locked.most_common(3))
     return BudgetError(
-        f"budget {', '.join(parts)}, or a smaller round_to (it is {problem.round_to}). "
+        f"budget {', '.join(parts)}, or a smaller round_to (it is {rounding}). "
         f"Locked: {reasons or 'nothing'}"
     )

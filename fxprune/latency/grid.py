@@ -104,8 +104,9 @@ class Grids:
                 self.levels[i, a] = np.pad(np.array(x, float), (0, most - len(x)), mode="edge")
                 for number, value in factors[i][a].items():
                     self.factor[i, a, number] = value
-            full = time.reshape(time.shape + (1,) * (count - time.ndim))
-            self.time[i] = np.pad(full, [(0, most - s) for s in full.shape], mode="edge")
+            shape = [*time.shape, *[1] * (count - time.ndim)]
+            wide = [(0, most - s) for s in shape]
+            self.time[i] = np.pad(time.reshape(shape), wide, mode="edge")
         self.count = np.array([[len(x) for x in one] + [1] * (count - len(one)) for one in found])
         self.active = [a for a in range(count) if len(axes) and (self.count[:, a] > 1).any()]
 

@@ -1,11 +1,11 @@
 """The latency of any plan, from times that were measured op by op on the target itself.
 
-    latency = calls + sum over products of time(widths) + rest
+    latency = sum over products of time(widths) + rest
 
-``calls`` is what a run costs before any op, ``time`` comes from the measured grid of a product's
-family (``grid``), and ``rest`` is everything else (additions, concatenations, pooling, activations
-that are not fused): what the measured original takes beyond its products, in proportion to the
-bytes that those nodes read and write. So the prediction for the original equals its measured time.
+``time`` comes from the measured grid of a product's family (``grid``), and ``rest`` is everything
+else (additions, concatenations, pooling, activations that are not fused, what a run costs before
+any op): what the measured original takes beyond its products, in proportion to the bytes that those
+nodes read and write. So the prediction for the original equals its measured time.
 
 Legend for shapes: P plans, G groups, I products.
 """
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fxprune.cost import with_one
 from fxprune.latency.grid import Axes, Grids, Point
 from fxprune.latency.ops import Family, Parts, parts
-from fxprune.latency.runtimes import fuses, measure, time_product
+from fxprune.latency.runtimes import Bench, fuses, time_product
 from fxprune.latency.table import Table
 from fxprune.latency.target import Sample, Target
 from fxprune.traced import Traced
@@ -43,6 +43,7 @@ class LatencyModel:
     scale     measured / summed time of the original's products, 1 unless they exceed the whole
     rest      milliseconds of the original beside its products; ``bytes`` of it at full widths
     full      [G] the counts of the unpruned model
+    bend      relative correction at a plan that takes no time, 0 at the original; see ``bent``
     """
 
     target: Target
@@ -54,31 +55,36 @@ class LatencyModel:
     rest: float
     bytes: float
     full: IntArray
+    bend: float = 0.0
 
     def predict(self, counts: IntArray) -> FloatArray:
         """counts [P, G], kept per row of each group -> [P] milliseconds."""
         k = with_one(counts)
         own = self.grids.predict(_widths(self.parts, k)).sum(axis=1)
-        return np.asarray(self.scale * own + self.rest * _bytes(self.parts, k) / self.bytes)
+        ms = self.scale * own + self.rest * _bytes(self.parts, k) / self.bytes
+        return np.asarray(ms * (1.0 + self.bend * (1.0 - ms / self.original.ms)))
 
     def products(self, counts: IntArray) -> FloatArray:
         """counts [P, G] -> [P, I] milliseconds of each product."""
         return self.scale * self.grids.predict(_widths(self.parts, with_one(counts)))
 
-    def calibrated(self, counts: IntArray, ms: float) -> LatencyModel:
+    def measured(self, original: Sample) -> LatencyModel:
+        """The same for another measurement of the original."""
+        by = original.ms / self.original.ms
+        return replace(self, original=original, scale=self.scale * by, rest=self.rest * by)
+
+    def bent(self, counts: IntArray, ms: float) -> LatencyModel:
         """The same, also right for the plan of ``counts`` [G], which was measured at ``ms``.
 
-        Products and rest trade shares of the original's time, as far as they have any; what is
-        then left of the error, both take.
+        The relative error at that plan is taken off in proportion to how much of the original's
+        time a plan saves.
         """
-        whole = self.original.ms
-        own = self.products(self.full[None]).sum()
-        at = self.products(counts[None]).sum() / own
-        byte = float(_bytes(self.parts, with_one(counts))[0]) / self.bytes
-        share = own / whole
-        if abs(at - byte) > 0.02:
-            share = float(np.clip((ms / whole - byte) / (at - byte), 0.5 * share, 1.0))
-        return replace(self, scale=self.scale * share * whole / own, rest=(1 - share) * whole)
+        plain = replace(self, bend=0.0)
+        found = float(plain.predict(counts[None])[0])
+        saved = 1.0 - found / self.original.ms
+        if saved < 0.05:
+            return plain
+        return replace(plain, bend=float(np.clip(ms / found - 1.0, -0.2, 0.2)) / saved)
 
 
 def latency_model(
@@ -111,7 +117,8 @@ def latency_model(
     points += [(a.family, w) for a, o in zip(axes, odd, strict=True) for d in o for w in d.values()]
     fill(table, points, progress)
     if original is None:
-        (original,) = measure([traced.graph_module], traced.example_inputs, target)
+        with Bench(target, traced.example_inputs) as bench:
+            (original,) = bench.measure([traced.graph_module])
     grids = _grids(table, axes, odd, block)
     k = with_one(full)
     own = float(grids.predict(_widths(apart, k)).sum())
@@ -160,9 +167,7 @@ def _axes(apart: Parts, full: IntArray, least: IntArray) -> list[Axes]:
     found = []
     for item, h, m in zip(apart.items, np.rint(high), np.rint(low), strict=True):
         n = {"plain": 2, "depthwise": 1, "grouped": 3}[item.family.form]
-        found.append(
-            Axes(item.family, tuple(int(v) for v in h[:n]), tuple(int(v) for v in m[:n]))
-        )
+        found.append(Axes(item.family, tuple(int(v) for v in h[:n]), tuple(int(v) for v in m[:n])))
     return found
 
 

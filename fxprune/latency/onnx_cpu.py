@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +176,12 @@ class _Graph:
         return name
 
 
-def whole_models(
-    target: Target, models: Sequence[nn.Module], inputs: tuple[Any, ...], folder: Path
-) -> list[Callable[[], object]]:
-    """A call that runs each model once, from a checked ONNX file."""
-    calls = []
-    for i, model in enumerate(models):
-        path = folder / f"{i}.onnx"
-        export_onnx(model, inputs, path, dynamic_batch=False)
-        calls.append(file_call(target, path, inputs))
-    return calls
+def whole_model(
+    target: Target, model: nn.Module, inputs: tuple[Any, ...], path: Path
+) -> Callable[[], object]:
+    """A call that runs the model once, from a checked ONNX file that is written to ``path``."""
+    export_onnx(model, inputs, path, dynamic_batch=False)
+    return file_call(target, path, inputs)
 
 
 def file_call(target: Target, path: Path, inputs: tuple[Any, ...]) -> Callable[[], object]:

@@ -180,9 +180,7 @@ def _observed(traced: Traced) -> _Observed:
 # -- products ---------------------------------------------------------------------------------
 
 
-def _item(
-    traced: Traced, dims: Dims, table: WidthTable, c: Consumer, p: Product
-) -> Item | None:
+def _item(traced: Traced, dims: Dims, table: WidthTable, c: Consumer, p: Product) -> Item | None:
     """None for a product whose weight is not the parameter as it is; that counts by its bytes."""
     shape = traced.coupling.parameters[c.weight].shape
     w = tuple(p.w.shape) if p.kind == "conv" else tuple(p.w.shape)[::-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -14,33 +16,58 @@ from fxprune.latency.target import Sample, Target, repeat
 
 
 def time_product(target: Target, family: Family, widths: tuple[int, ...]) -> Sample:
-    """Milliseconds of one product: warm-up, then the median of repeated runs."""
-    module = onnx_cpu if target.name == "onnxruntime-cpu" else torch_runs
-    return module.time_product(target, family, widths)
+    """Milliseconds of one product: warm-up, then repeated runs."""
+    if target.name == "onnxruntime-cpu":
+        return onnx_cpu.time_product(target, family, widths)
+    return torch_runs.time_product(target, family, widths)
 
 
 def fuses(target: Target) -> bool:
-    """Whether norms and activations cost nothing of their own after a product."""
-    return target.name in ("onnxruntime-cpu", "torch-compile")
+    """Whether norms and activations are computed inside the product before them."""
+    return target.name == "onnxruntime-cpu"
 
 
-def measure(
-    models: Sequence[nn.Module],
-    inputs: tuple[object, ...],
-    target: Target,
-    *,
-    seconds: float = 4.0,
-    least: int = 20,
-) -> list[Sample]:
-    """Measured latency of whole models at the inputs' batch, taking turns, so that they compare.
+class Bench:
+    """Times whole models on a target; a context manager. A model is prepared once.
 
-    onnxruntime runs the checked ONNX files of :func:`fxprune.export_onnx`. Raises ExportError
-    where there is none. With one CPU thread the clock is the thread's CPU time, else the wall's.
+    onnxruntime runs the checked ONNX files of :func:`fxprune.export_onnx`, torch runs copies in
+    eval mode. Raises ExportError where there is no such file.
     """
-    with tempfile.TemporaryDirectory(prefix="fxprune-") as folder, torch_runs.threads_of(target):
-        calls: list[Callable[[], object]]
-        if target.name == "onnxruntime-cpu":
-            calls = onnx_cpu.whole_models(target, models, tuple(inputs), Path(folder))
-        else:
-            calls = torch_runs.whole_models(target, models, tuple(inputs))
-        return repeat(target, calls, seconds, least)
+
+    def __init__(self, target: Target, inputs: tuple[Any, ...]) -> None:
+        self.target, self.inputs = target, inputs
+        self._calls: dict[int, tuple[nn.Module, Callable[[], object]]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="fxprune-")
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._calls.clear()
+        self._folder.cleanup()
+
+    def measure(
+        self, models: Sequence[nn.Module], *, seconds: float = 3.0, least: int = 20
+    ) -> list[Sample]:
+        """Latency of each model at the inputs' batch; they take turns, so that they compare.
+
+        With one CPU thread the clock is the CPU time of the thread, else the wall clock.
+        """
+        with torch_runs.threads_of(self.target):
+            calls = [self._call(m) for m in models]
+            return repeat(self.target, calls, seconds, least)
+
+    def _call(self, model: nn.Module) -> Callable[[], object]:
+        if id(model) not in self._calls:
+            if self.target.name == "onnxruntime-cpu":
+                path = Path(self._folder.name) / f"{len(self._calls)}.onnx"
+                call = onnx_cpu.whole_model(self.target, model, self.inputs, path)
+            else:
+                call = torch_runs.whole_model(self.target, model, self.inputs)
+            self._calls[id(model)] = model, call
+        return self._calls[id(model)][1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,23 +93,15 @@ def _product(family: Family, widths: tuple[int, ...]) -> tuple[nn.Module, Tensor
     return module, x
 
 
-def whole_models(
-    target: Target, models: Sequence[nn.Module], inputs: tuple[Any, ...]
-) -> list[Callable[[], object]]:
-    """A call that runs each model once, in eval mode without gradients; the models are copied."""
+def whole_model(target: Target, model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], object]:
+    """A call that runs a copy of the model once, in eval mode without gradients."""
     device = torch.device("cuda" if target.name == "cuda" else "cpu")
     given: Any = tree_map_only(Tensor, lambda t: t.detach().clone().to(device), inputs)
-    return [synchronized(target, _call(target, m, device, given)) for m in models]
-
-
-def _call(
-    target: Target, model: nn.Module, device: torch.device, inputs: tuple[Any, ...]
-) -> Callable[[], object]:
     own = copy.deepcopy(model).to(device).eval()
     run: Callable[..., object] = torch.compile(own) if target.name == "torch-compile" else own
 
     def call() -> object:
         with torch.no_grad():
-            return run(*inputs)
+            return run(*given)
 
-    return call
+    return synchronized(target, call)
