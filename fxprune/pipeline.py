@@ -114,8 +114,7 @@ def prune(
     repair          lstsq | distill | bn | None (cut only: then the result equals the masked
                     original). distill: least squares, then some minutes of gradient steps towards
                     the original, without labels; ``fxprune.Distillation(steps=...)`` has options
-    evaluate        optional: model -> float, higher is better; guides the local search in place of
-                    the divergence from the original's outputs
+    evaluate        optional: model -> float, higher is better; guides the search in place of the KL
     exclude         shell-style patterns of modules, parameters or groups that stay whole
     round_to        kept counts are multiples of it (fewer for small groups); "auto": those that
                     are fast on ``target``; default: "auto" with a target or latency, else 8
