@@ -15,13 +15,13 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxprune.capture import state_kept
 from fxprune.cost import Dims, Products, Terms, Widths
 from fxprune.cost import Table as WidthTable
 from fxprune.coupling.run import Traits
 from fxprune.isolate import rng_kept
 from fxprune.products import Product, as_product, evaluating, parameter_names, storage_key
 from fxprune.traced import Traced
-from fxprune.tracing import state_kept
 from fxprune.types import Consumer
 
 # Pointwise ATen ops that a runtime computes inside the product before them.
