@@ -118,8 +118,7 @@ def prune(
     exclude         shell-style patterns of modules, parameters or groups that stay whole
     round_to        kept counts are multiples of it (fewer for small groups); "auto": those that
                     are fast on ``target``; default: "auto" with a target or latency, else 8
-    target          where the model will run, and is timed: onnxruntime-cpu (default) |
-                    torch-cpu | torch-compile | cuda, with ``threads`` on the CPU
+    target          where it will run, and is timed: a name or a ``fxprune.latency.Target``
     steps           rounds of ranking, cutting and repair; each takes the same share
     tune            with ``steps``: called with the model between two rounds; trains it, in place or
                     as a new one that it returns (``lambda m: finetune(m, train_data).model``)

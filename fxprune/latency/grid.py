@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fxprune.latency.ops import Family
 from fxprune.types import FloatArray, IntArray
 
 UNITS = (16, 8, 4, 1)  # classes of widths: multiples of the first that divides them
+MANY = 3  # different full widths in a family above which they share one top
 Point = tuple[Family, tuple[int, ...]]
 
 
@@ -28,26 +29,29 @@ class Axes:
     """One product's widths: of the whole model, and the least that a plan leaves.
 
     full, least  one for each axis of the family; equal where the width cannot change
+    tops         highest grid level of each axis: the full width, or one that many products share
     """
 
     family: Family
     full: tuple[int, ...]
     least: tuple[int, ...]
+    tops: tuple[int, ...]
 
     def varies(self, axis: int) -> bool:
         return self.least[axis] < self.full[axis]
 
     def levels(self, axis: int, block: int) -> tuple[int, ...]:
-        """Grid levels: powers of two in blocks, and the full width, raised to a whole block."""
+        """Grid levels around the widths: powers of two in blocks, and the top in whole blocks."""
         full, least = self.full[axis], self.least[axis]
         if not self.varies(axis):
             return (full,)
         if self.family.form == "grouped":
             return tuple(sorted({least, max(least, full // 2), full}))
-        top = raised(full, block)
-        steps = [block << j for j in range(32) if block << j < top]
-        low = max([s for s in steps if s <= least], default=min([*steps, top]))
-        return (*[s for s in steps if s >= low], top)
+        top = raised(self.tops[axis], block)
+        steps = [*(block << j for j in range(32) if block << j < top), top]
+        low = max((s for s in steps if s <= least), default=steps[0])
+        high = next(s for s in steps if s >= full)
+        return tuple(s for s in steps if low <= s <= high)
 
     def grid(self, block: int) -> Iterator[Point]:
         """All points that must be measured."""
@@ -55,19 +59,37 @@ class Axes:
         for widths in itertools.product(*axes):
             yield self.family, widths
 
-    def odd(self, axis: int, block: int) -> tuple[int, dict[int, tuple[int, ...]]]:
-        """(reference width, class -> widths of the product to measure), for one axis.
+    def odd(self, axis: int, block: int) -> dict[int, tuple[int, ...]]:
+        """Class of widths -> widths of a product of that class, all within the highest block.
 
-        The reference is the full width in whole blocks; other axes stay at their highest level.
+        The other axes stay at their highest levels.
         """
         top = [self.levels(a, block)[-1] for a in range(len(self.full))]
-        reference = top[axis]
         found = {}
         for number, unit in enumerate(UNITS):
-            width = reference - unit if unit > 1 else reference - 3
-            if unit < 16 and width > reference - block and width > 0:
+            width = top[axis] - (unit if unit > 1 else 3)
+            if unit < 16 and width > max(0, top[axis] - block):
                 found[number] = (*top[:axis], width, *top[axis + 1 :])
-        return reference, found
+        return found
+
+
+def shared_tops(axes: list[Axes]) -> list[Axes]:
+    """The same with one top for all products of a family that has many different full widths."""
+    fulls: dict[tuple[Family, int], set[int]] = {}
+    for one in axes:
+        for a, full in enumerate(one.full):
+            if one.varies(a):
+                fulls.setdefault((one.family, a), set()).add(full)
+    return [
+        replace(
+            one,
+            tops=tuple(
+                max(found) if len(found := fulls.get((one.family, a), {full})) > MANY else full
+                for a, full in enumerate(one.full)
+            ),
+        )
+        for one in axes
+    ]
 
 
 def raised(width: int, block: int) -> int:

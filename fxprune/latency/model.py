@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fxprune.cost import with_one
-from fxprune.latency.grid import Axes, Grids, Point
+from fxprune.latency.grid import Axes, Grids, Point, shared_tops
 from fxprune.latency.ops import Family, Parts, parts
 from fxprune.latency.runtimes import Bench, fuses, time_product
 from fxprune.latency.table import Table
@@ -111,7 +111,7 @@ def latency_model(
     apart = parts(traced, fuses=fuses(target))
     block = find_block(table)
     axes = _axes(apart, full, least)
-    odd = [[a.odd(i, block)[1] if a.varies(i) and a.family.form != "grouped" else {}
+    odd = [[a.odd(i, block) if a.varies(i) and a.family.form != "grouped" else {}
             for i in range(len(a.full))] for a in axes]  # fmt: skip
     points = [p for a in axes for p in a.grid(block)]
     points += [(a.family, w) for a, o in zip(axes, odd, strict=True) for d in o for w in d.values()]
@@ -167,8 +167,9 @@ def _axes(apart: Parts, full: IntArray, least: IntArray) -> list[Axes]:
     found = []
     for item, h, m in zip(apart.items, np.rint(high), np.rint(low), strict=True):
         n = {"plain": 2, "depthwise": 1, "grouped": 3}[item.family.form]
-        found.append(Axes(item.family, tuple(int(v) for v in h[:n]), tuple(int(v) for v in m[:n])))
-    return found
+        whole = tuple(int(v) for v in h[:n])
+        found.append(Axes(item.family, whole, tuple(int(v) for v in m[:n]), whole))
+    return shared_tops(found)
 
 
 def _widths(apart: Parts, k: FloatArray) -> FloatArray:
