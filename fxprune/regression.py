@@ -82,8 +82,75 @@ class Joint:
         return float((found * (found @ self.inside - 2 * self.across)).sum())
 
 
+class Folds:
+    """Streaming moments of rows and of what is to be fitted from them, in two folds.
+
+    Products are float32 where the rows are, around a point near the mean; sums are float64.
+    """
+
+    def __init__(self) -> None:
+        self.shifts: tuple[Tensor, Tensor] | None = None
+        self.sums: tuple[Sums, Sums] = ([], [])
+        self.counts = [0, 0]
+
+    def add(self, rest: Tensor, y: Tensor, fold: int) -> None:
+        """``rest`` [S, g, v] is to be fitted from ``y`` [S, g, k]; fold 1 is held out."""
+        if self.shifts is None:
+            self.shifts = rest.mean(0), y.mean(0)
+        rest, y = rest - self.shifts[0], y - self.shifts[1]
+        sums = self.sums[fold]
+        for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
+            parts = [
+                r.sum(0),
+                k.sum(0),
+                torch.einsum("sgv,sgk->gvk", r, k),
+                torch.einsum("sgi,sgk->gik", k, k),
+            ]
+            wide = [p.double().cpu() for p in parts]
+            sums[:] = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
+        self.counts[fold] += len(rest)
+
+    def joint(self, folds: Sequence[int], centred: bool) -> Joint:
+        """The moments over all rows of some folds."""
+        if self.shifts is None:
+            raise InternalError("a regression without a row")
+        count = sum(self.counts[f] for f in folds)
+        parts = [self.sums[f] for f in folds if self.counts[f]]
+        total = [torch.stack(p).sum(0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
+        rest, mean, across, inside = (s / count for s in total)
+        across = across - rest[:, :, None] * mean[:, None]
+        inside = inside - mean[:, :, None] * mean[:, None]
+        rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
+        if not centred:
+            across = across + rest[:, :, None] * mean[:, None]
+            inside = inside + mean[:, :, None] * mean[:, None]
+        return Joint(count, rest, mean, across, inside)
+
+    def chosen(
+        self, centred: bool, outputs: Tensor | None, guesses: Sequence[Tensor] = ()
+    ) -> tuple[float | None, Tensor | None]:
+        """The ridge (None: the guess as it is) and the guess (None: none) of least error.
+
+        ``outputs`` [g, f, v]: see :meth:`Pair.solve`; None: the variables themselves count.
+        """
+        fitted, held = self.joint((0,), centred), self.joint((1,), centred)
+        if outputs is not None:
+            fitted, held = fitted.seen_by(outputs), held.seen_by(outputs)
+        best: tuple[float, float | None, Tensor | None] = (0.0, None, None)  # E X' as it is
+        for guess in (None, *guesses):
+            seen = torch.zeros_like(held.across)
+            if guess is not None:
+                seen = guess if outputs is None else outputs @ guess
+            tried: list[float | None] = [None, *RIDGES]
+            for ridge in tried:
+                error = held.error(seen if ridge is None else fitted.fit(ridge, seen))
+                if error < best[0]:
+                    best = error, ridge, guess
+        return best[1:]
+
+
 class Pair:
-    """Streaming moments of X' and of X - E X', in two folds; products float32, sums float64.
+    """Moments of X' and of X - E X'.
 
     ``keep`` [groups, v]: the original's variables that are kept. A convolution group that keeps
     nothing is gone; the others keep equally many. ``unchanged``: whether X = E X' in every row.
@@ -99,9 +166,7 @@ class Pair:
         order = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable"))
         self.kept = order[self.alive, : widths.pop()]
         self.unchanged = True
-        self.shifts: tuple[Tensor, Tensor] | None = None
-        self.sums: tuple[Sums, Sums] = ([], [])
-        self.counts = [0, 0]
+        self.folds = Folds()
 
     def add(self, x: Tensor, y: Tensor, fold: int = 0) -> None:
         """Rows of the original's input [S, V] and of the pruned model's [S, V']; 1: held out."""
@@ -110,21 +175,8 @@ class Pair:
         y = y.unflatten(1, kept.shape)
         rest = x.unflatten(1, self.keep.shape)[:, self.alive.to(x.device)].clone()
         rest.scatter_add_(2, kept.expand(len(rest), -1, -1), -y)
-        if self.shifts is None:
-            self.shifts = rest.mean(0), y.mean(0)
         self.unchanged = self.unchanged and not bool(rest.any())
-        rest, y = rest - self.shifts[0], y - self.shifts[1]
-        sums = self.sums[fold]
-        for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
-            parts = [
-                r.sum(0),
-                k.sum(0),
-                torch.einsum("sgv,sgk->gvk", r, k),
-                torch.einsum("sgi,sgk->gik", k, k),
-            ]
-            wide = [p.double().cpu() for p in parts]
-            sums[:] = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
-        self.counts[fold] += len(rest)
+        self.folds.add(rest, y, fold)
 
     def solve(
         self,
@@ -141,12 +193,13 @@ class Pair:
         guesses   [g, v, k], added to E; where nothing is chosen the last one counts
         refit     whether the rows of the second fold take part once the choice is made
         """
-        whole = self._joint((0, 1) if refit or self.counts[0] == 0 else (0,), centred)
+        counts = self.folds.counts
+        whole = self.folds.joint((0, 1) if refit or counts[0] == 0 else (0,), centred)
         guess: Tensor | None = guesses[-1] if guesses else None
-        if ridge is not None or outputs is None or min(self.counts) == 0:
+        if ridge is not None or outputs is None or min(counts) == 0:
             found = whole.fit(RIDGE if ridge is None else ridge, guess)
         else:
-            ridge, guess = self._chosen(centred, outputs, guesses)
+            ridge, guess = self.folds.chosen(centred, outputs, guesses)
             if ridge is not None:
                 found = whole.fit(ridge, guess)
             else:
@@ -158,34 +211,3 @@ class Pair:
         return Solved(
             self.alive, self.kept, every, found, offset if centred else torch.zeros_like(offset)
         )
-
-    def _chosen(
-        self, centred: bool, outputs: Tensor, guesses: Sequence[Tensor]
-    ) -> tuple[float | None, Tensor | None]:
-        """The ridge (None: the guess as it is) and the guess (None: none) of least error."""
-        fitted = self._joint((0,), centred).seen_by(outputs)
-        held = self._joint((1,), centred).seen_by(outputs)
-        best: tuple[float, float | None, Tensor | None] = (0.0, None, None)  # E X' as it is
-        for guess in (None, *guesses):
-            seen = torch.zeros_like(held.across) if guess is None else outputs @ guess
-            tried: list[float | None] = [None, *RIDGES]
-            for ridge in tried:
-                error = held.error(seen if ridge is None else fitted.fit(ridge, seen))
-                if error < best[0]:
-                    best = error, ridge, guess
-        return best[1:]
-
-    def _joint(self, folds: Sequence[int], centred: bool) -> Joint:
-        if self.shifts is None:
-            raise InternalError("a regression without a row")
-        count = sum(self.counts[f] for f in folds)
-        parts = [self.sums[f] for f in folds if self.counts[f]]
-        total = [torch.stack(p).sum(0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
-        rest, mean, across, inside = (s / count for s in total)
-        across = across - rest[:, :, None] * mean[:, None]
-        inside = inside - mean[:, :, None] * mean[:, None]
-        rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
-        if not centred:
-            across = across + rest[:, :, None] * mean[:, None]
-            inside = inside + mean[:, :, None] * mean[:, None]
-        return Joint(count, rest, mean, across, inside)

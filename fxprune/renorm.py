@@ -163,10 +163,14 @@ class SideBySide(fx.Interpreter):
         for used in self.user_to_last_uses.get(node, []):
             del self.env[used]
 
-    def attempt(self, node: fx.Node, i: int) -> None:
-        """Run ``node`` on input ``i`` and forget the result; what it reads is left as it is."""
-        self.env = {n: self._copied(self.envs[i][n]) for n in node.all_input_nodes}
-        self.run_node(node)
+    def attempt(self, node: fx.Node, i: int, values: Mapping[fx.Node, Any] | None = None) -> Any:
+        """Run ``node`` on input ``i`` and give its result; what it reads is left as it is.
+
+        ``values`` take the place of those of input ``i``.
+        """
+        known = self.envs[i] if values is None else {**self.envs[i], **values}
+        self.env = {n: self._copied(known[n]) for n in node.all_input_nodes}
+        return self.run_node(node)
 
     def _copied(self, value: Any) -> Any:
         """Activations as copies; parameters as they are, since products are known by them."""

@@ -218,6 +218,24 @@ class Writer:
         self._shift(*place, shift, masks, targets)
         return None
 
+    def add(
+        self, consumer: Consumer, weight: Tensor, shift: Tensor, targets: Mapping[str, Tensor]
+    ) -> None:
+        """Add ``weight`` [g, o, k, T] and, where there is a place, ``shift`` [O] to what is there.
+
+        Both of the pruned model's shape.
+        """
+        target = targets[consumer.weight]
+        kernel = target.shape[2:] if consumer.kind == "conv" else torch.Size()
+        plain = Layout(weight.shape[0] * weight.shape[2])
+        joined = join_weight(consumer, weight, kernel, plain)
+        target.copy_(target.double() + joined.to(target.device))
+        place = self.place([consumer], targets)
+        if not isinstance(place, str):
+            name, sign = place
+            mean = targets[name]
+            mean.copy_(mean.double() + sign * shift.to(mean.device))
+
     def place(
         self, consumers: Sequence[Consumer], targets: Mapping[str, Tensor]
     ) -> tuple[str, float] | str:

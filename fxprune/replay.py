@@ -27,9 +27,11 @@ from fxprune.cut import cut
 from fxprune.isolate import exact_arithmetic
 from fxprune.moments import Layout
 from fxprune.products import evaluating, storage_key
+from fxprune.regression import Cannot
 from fxprune.renorm import some
 from fxprune.repair import LeastSquares
-from fxprune.sequential import Cannot, Rows, Side, Walk
+from fxprune.sequential import Walk
+from fxprune.sides import Rows, Side
 from fxprune.traced import Traced
 from fxprune.types import ChannelGroup, Consumer, PrunePlan
 
@@ -47,8 +49,8 @@ class Replay:
     held_out  batches whose outputs are wanted
     once      one-shot repair for consumers that the sequential form cannot treat
 
-    Equal to cut, ``once``, :func:`sequential.repair_sequential` on the same samples and a forward
-    pass, up to rounding. Calls may come from several threads.
+    Equal to cut, ``once``, :func:`sequential.repair_sequential` without its correction of outputs
+    on the same samples, and a forward pass, up to rounding. Calls may come from several threads.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ input in the places of the kept channels,
 centred; where an output has no place for a mean part (no bias, no batch normalisation behind it)
 about zero instead. Regressing X - E X' rather than X draws to the weights of the cut and not to
 zero, so what was not cut stays exactly as it was. For a convolution the channels are the variables,
-positions the samples, and all taps have the same D; each convolution group has its own.
+positions the samples, and all taps have the same D; each convolution group has its own. What is
+left at the output after that is fitted by :mod:`fxprune.correction`.
 
 Legend for shapes: S rows (samples x positions), g convolution groups that stay, v variables of each
 in the original, k of them kept, C input channels.
@@ -21,20 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxprune.inputs import samples_of
+from fxprune.correction import correction
+from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import exact_arithmetic, rng_kept
-from fxprune.moments import MAX_VARIABLES, Layout, input_rows, split_weight
-from fxprune.observe import coverage_of
-from fxprune.products import Product, Watch, as_product, evaluating, storage_key
+from fxprune.moments import MAX_VARIABLES, Layout, split_weight
+from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot, Pair
 from fxprune.renorm import RepairReport, SideBySide, some
 from fxprune.repair import LeastSquares, Writer, kept_variables, named_tensors, parameter_calls
+from fxprune.sides import Observed, Side
 from fxprune.types import Consumer, PrunePlan
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def repair_sequential(
     held_out: Iterable[Any] | None = None,
     once: LeastSquares | None = None,
     ridge: float | None = None,
+    correct: bool = True,
     max_samples: int = MAX_SAMPLES,
     max_bytes: int = MAX_BYTES,
 ) -> RepairReport:
@@ -67,13 +70,14 @@ def repair_sequential(
     once         the one-shot form, whose solution is then one of the first guesses; it must not
                  have seen the samples that choose
     ridge        lambda, as a share of the mean variance of the kept inputs; None: chosen
+    correct      whether what is left at the outputs is fitted too (:mod:`fxprune.correction`)
     max_samples  of the batches that are used
     max_bytes    of live activations of both models together: where a sample holds much (early
                  layers of a large image) fewer take part, the others join in further down
 
     Consumers that cannot be treated keep the weights that they have in ``module`` (those of the
     cut, or of the one-shot form where that ran before) and are reported with the reason. Costs
-    about one forward pass of the original and two of the pruned model.
+    about two forward passes of the original and four of the pruned model.
 
     Raises DataError where there is no sample, InternalError where plan and module do not fit.
     """
@@ -84,6 +88,7 @@ def repair_sequential(
         most = {name: max_bytes // max(1, 2 * n) for name, n in held.items()}
         walk = Walk(traced, plan, original, pruned, ridge)
         walk.queue, walk.once, walk.refit = Queue(waiting, most), once, held_out is None
+        walk.correct = correct
         walk.run()
     return RepairReport(tuple(walk.repaired), walk.skipped)
 
@@ -138,13 +143,9 @@ def _pieces(inputs: Sequence[tuple[Any, ...]], held_out: Iterable[Any] | None) -
 def _split(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """A batch as batches of at most PIECE samples."""
     samples = samples_of(batch)
-    if samples <= PIECE:
+    if samples <= PIECE or not divisible(batch):
         return [batch]
-    whole = [isinstance(x, Tensor) and x.ndim > 0 and len(x) == samples for x in batch]
-    return [
-        tuple(x[i : i + PIECE] if w else x for x, w in zip(batch, whole, strict=True))
-        for i in range(0, samples, PIECE)
-    ]
+    return [part_of(batch, slice(i, i + PIECE)) for i in range(0, samples, PIECE)]
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class Walk:
         self.original, self.pruned = original, pruned
         self.queue: Queue | None = None
         self.once: LeastSquares | None = None
-        self.refit = True
+        self.refit = self.correct = True
         sizes = np.cumsum(original.sizes)
         starts = (sizes - original.sizes).tolist()
         self.folds = [int(n >= sizes[-1] * (1 - 1 / HELD_OUT)) for n in starts]
@@ -274,8 +275,9 @@ class Walk:
             piece = self.queue.next(node, sum(self.original.sizes))
             if piece is None:
                 return
-            self.original.join(piece.inputs)
-            self.pruned.join(piece.inputs)
+            for side in (self.original, self.pruned):
+                if isinstance(side, Side):
+                    side.join(piece.inputs)
             self.folds.append(piece.fold)
 
     def _treat(self, consumer: Consumer) -> None:
@@ -283,9 +285,11 @@ class Walk:
         keep = kept_variables(consumer, layout, self.masks[consumer.classes])
         pair = Pair(keep.reshape(consumer.groups, -1))
         coverage = self._measure(consumer, layout, pair)
-        if pair.unchanged:
-            return
         place = self.writer.place([consumer], self.targets)
+        if pair.unchanged:
+            if self.repaired:
+                self._correct(consumer, not isinstance(place, str))
+            return
         outputs = self._outputs(consumer, layout, coverage, pair)
         guess = None if self.once is None else self.once.guess(consumer, keep)
         guesses = () if guess is None else (guess,)
@@ -295,6 +299,26 @@ class Walk:
         self.repaired.append(consumer.key)
         if isinstance(place, str):
             self.skipped[consumer.key] = f"{place}; fitted without a mean part"
+        self._correct(consumer, centred)
+
+    def _correct(self, consumer: Consumer, centred: bool) -> None:
+        """What is left at the output; nothing where that cannot be seen or fitted."""
+        if not (self.correct and isinstance(self.original, Side)):
+            return
+        classes = self.traced.param_classes.get((consumer.weight, consumer.out_dim))
+        outs = self.weights[consumer.weight].shape[consumer.out_dim]
+        rows = np.ones(outs, dtype=np.bool_) if classes is None else self.masks[classes]
+        try:
+            step = correction(
+                consumer, self.original, self.pruned, rows, self.folds, self.ridge, centred,
+                self.refit,
+            )  # fmt: skip
+        except Cannot:
+            return
+        if step is not None:
+            self.writer.add(consumer, step.weight, step.shift, self.targets)
+            if consumer.key not in self.repaired:
+                self.repaired.append(consumer.key)
 
     def _outputs(self, consumer: Consumer, layout: Layout, coverage: Tensor, pair: Pair) -> Tensor:
         """[g, f, v] rows of the weight, each tap by the root of its coverage; or mixtures of them.
@@ -321,113 +345,3 @@ class Walk:
                 raise Cannot("the rows of its input are not the same in both models")
             pair.add(full.values, cut.values, self.folds[i])
         return self.original.coverage(consumer)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What enters a consumer for one batch.
-
-    values [S, V]; extent: all sizes of the input but the channels'.
-    """
-
-    values: Tensor
-    extent: tuple[int, ...]
-
-
-class _Reached(Exception):
-    """The product that was looked for is about to run; never leaves this file."""
-
-    def __init__(self, product: Product) -> None:
-        super().__init__()
-        self.product = product
-
-
-class _Stop(Watch):
-    """Raises _Reached in front of the product of that key: it does not have to run."""
-
-    def __init__(self, names: dict[int, str], key: str) -> None:
-        super().__init__(names, lambda *_: None)
-        self.key = key
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        product = as_product(func, args)
-        here = product is not None and storage_key(product.w) in self.names
-        if product is not None and here and self.key == f"{self.node}:{self.count}":
-            raise _Reached(product)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class Observed(Protocol):
-    """What the walk needs of the original; see :class:`Side`."""
-
-    @property
-    def sizes(self) -> list[int]: ...
-    def reach(self, name: str) -> None: ...
-    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows: ...
-    def coverage(self, consumer: Consumer) -> Tensor: ...
-
-
-class Side:
-    """One of the two models, run up to some node; ``sizes``: samples of each input."""
-
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
-        self.run = SideBySide(module, inputs)
-        self.sizes = [samples_of(i) for i in inputs]
-        self.tensors = named_tensors(module)
-        self.nodes: list[fx.Node] = list(module.graph.nodes)
-        self.at = 0
-
-    def reach(self, name: str) -> None:
-        """All inputs pass the nodes before the one of that name. Raises Cannot without one."""
-        if name not in {n.name for n in self.nodes[self.at :]}:
-            raise Cannot("its node is not in both graphs at the same place")
-        while self.nodes[self.at].name != name:
-            self.advance()
-
-    def advance(self) -> None:
-        """All inputs pass one node."""
-        for i in range(len(self.run.envs)):
-            self.run.step(self.nodes[self.at], i)
-        self.at += 1
-
-    def join(self, inputs: tuple[Any, ...]) -> None:
-        """One more batch, run up to where the others are."""
-        self.run.envs.append({})
-        self.run.sources.append(iter(inputs))
-        self.sizes.append(samples_of(inputs))
-        for node in self.nodes[: self.at]:
-            self.run.step(node, len(self.sizes) - 1)
-
-    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
-        """What enters ``consumer``, in the node that was reached. Raises Cannot."""
-        mode = _Stop(self.run.own, consumer.key)
-        mode.node = consumer.node
-        try:
-            with mode:
-                self.run.attempt(self.nodes[self.at], i)
-        except _Reached as reached:
-            product = reached.product
-        else:
-            raise Cannot("it is not the same product in both models")
-        x = product.x
-        wanted = consumer.kind, layout.variables * layout.taps
-        if (product.kind, x.shape[1]) != wanted:
-            raise Cannot("it is not the same product in both models")
-        if product.w.numel() != self.tensors[consumer.weight].numel():
-            raise Cannot("it uses a part of its parameter")
-        values, _ = input_rows(consumer.kind, layout, x, self.sizes[i])
-        return Rows(values.flatten(0, 1), (x.shape[0], *x.shape[2:]))
-
-    def coverage(self, consumer: Consumer) -> Tensor:
-        """[T] how often each tap of ``consumer`` meets its input; see observe.coverage_of."""
-        found: list[Tensor] = []
-
-        def look(key: str, product: Product, out: Tensor) -> None:
-            if key == consumer.key:
-                found.append(coverage_of(consumer, product, out))
-
-        mode = Watch(self.run.own, look)
-        mode.node = consumer.node
-        with mode:
-            self.run.attempt(self.nodes[self.at], 0)
-        return found[0]

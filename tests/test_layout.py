@@ -29,6 +29,8 @@ ORDER = [
         "renorm",
         "repair",
         "regression",
+        "sides",
+        "correction",
         "sequential",
         "replay",
         "fitness",

@@ -54,7 +54,7 @@ def test_the_ridge_follows_the_number_of_rows() -> None:
     assert small is not None
     assert loss(chosen, noise) < 0.7 * loss(small, noise)
     many = pair(5000, noise)
-    ridge, guess = many._chosen(True, EVERY, ())
+    ridge, guess = many.folds.chosen(True, EVERY)
     assert guess is None
     assert ridge is not None
     assert ridge <= 1e-2
