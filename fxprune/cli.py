@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import __version__
+from fxprune import __version__, cli_tune
 from fxprune.errors import FxpruneError, InputError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _demo_parser(commands)
     _inspect_parser(commands)
     _prune_parser(commands)
+    _finetune_parser(commands)
     return parser
 
 
@@ -154,7 +155,13 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     prune.add_argument("--criterion", default="attention", help="default: %(default)s")
     prune.add_argument("--allocation", default="local", help="default: %(default)s")
-    prune.add_argument("--repair", default="lstsq", help="lstsq, bn or none; default: %(default)s")
+    prune.add_argument(
+        "--repair", default="lstsq", help="lstsq, distill, bn or none; default: %(default)s"
+    )
+    prune.add_argument(
+        "--distill-steps", type=int, default=300, metavar="N", help="of --repair distill"
+    )
+    prune.add_argument("--steps", type=int, default=1, metavar="N", help="rounds of pruning")
     prune.add_argument(
         "--round-to",
         type=_rounding,
@@ -172,6 +179,18 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument("--opset", type=int, metavar="N", help="ONNX opset; default: the exporter's")
     prune.add_argument("--quiet", action="store_true", help="no progress bars")
     prune.set_defaults(command=_prune)
+
+
+def _finetune_parser(commands: Any) -> None:
+    command = commands.add_parser(
+        "finetune",
+        help=cli_tune.HELP,
+        description=cli_tune.DESCRIPTION,
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli_tune.add_arguments(command)
+    command.set_defaults(command=_finetune)
 
 
 # --- commands ---------------------------------------------------------------------------------
@@ -245,12 +264,32 @@ def _prune(args: argparse.Namespace) -> None:
     console.print(_cost_table(args.model, result.before, result.after))
     if "latency" in result.report:
         console.print(_latency_text(result.report["latency"]), markup=False, highlight=False)
-    _tell(console, reports[0], out, result.report["calibration"])
+    _tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    tuned = cli_tune.run(args)
+    if tuned is None:
+        return
+    console = _console()
+    if tuned.accuracy:
+        table = Table("", "test accuracy", title="Fine-tuned")
+        for name, value in tuned.accuracy.items():
+            table.add_row(name, f"{value:.2%}")
+        console.print(table)
+    last = tuned.result.history[-1]
+    told = f"{len(tuned.result.history)} epochs, {tuned.result.steps} steps, loss {last.loss:.4f}"
+    if tuned.result.resumed:
+        told += f"; resumed after {tuned.result.resumed} steps"
+    _tell(console, tuned.onnx, tuned.out, told)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``prune``; InputError for what argparse lets pass."""
     from fxprune.allocate import bounds
+    from fxprune.distill import Distillation
     from fxprune.types import Budget
 
     budget = {m: getattr(args, m) for m in _BUDGETS}
@@ -258,13 +297,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         flags = ", ".join(f"--{m}" for m in _BUDGETS)
         raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
     bounds(Budget(**budget))
+    distillation = Distillation(steps=args.distill_steps)
     if args.evals < 1:
         raise InputError(f"--evals must be at least 1, got {args.evals}")
     return {
         "budget": Budget(**budget),
         "criterion": args.criterion,
         "allocation": args.allocation,
-        "repair": None if args.repair == "none" else args.repair,
+        "repair": {"none": None, "distill": distillation}.get(args.repair, args.repair),
+        "steps": args.steps,
         "exclude": tuple(args.exclude),
         "round_to": args.round_to,
         "target": args.target,
@@ -340,11 +381,11 @@ def _latency_text(found: Mapping[str, Any]) -> str:
     return text
 
 
-def _tell(console: Console, report: ExportReport, out: Path, calibration: str) -> None:
+def _tell(console: Console, report: ExportReport, out: Path, first: str) -> None:
     batch = "any batch size" if report.dynamic_batch else f"batch {report.batch_sizes[0]} only"
     sizes = ", ".join(map(str, report.batch_sizes))
     lines = [
-        f"calibrated on {calibration}",
+        first,
         f"ONNX: {report.bytes / 1e6:,.1f} MB, opset {report.opset}, {batch}; in onnxruntime "
         f"relative error {report.max_error:.1e} at batch {sizes} (at most {report.tolerance:.0e})",
         *(f"ONNX: {note}" for note in report.notes),

@@ -162,10 +162,12 @@ def load_data(
     train: bool = True,
     batch_size: int = 64,
     seed: int = 0,
+    shuffle: bool = False,
 ) -> Iterable[tuple[Tensor, Tensor]] | None:
     """Batches (inputs [N, C, H, W], labels [N]) in the example input's shape, normalised.
 
-    Samples are in a seeded random order. ``train`` picks the part of ``digits`` (a fixed split, 4
+    Samples are in a seeded random order; with ``shuffle`` in another one each time, which torch's
+    global generator says. ``train`` picks the part of ``digits`` (a fixed split, 4
     to 1) and ``fashion-mnist``; an image folder has one part. None for the spec "random".
     Raises SpecError (an unknown spec) or DataError (files missing or damaged, a shape that no
     image fits).
@@ -182,7 +184,7 @@ def load_data(
     else:
         images, labels, mean, std = _fashion_mnist(folder, train)
     order = np.random.default_rng(seed).permutation(len(images))
-    return _Arrays(images[order], labels[order], mean, std, example, batch_size)
+    return _Arrays(images[order], labels[order], mean, std, example, batch_size, shuffle)
 
 
 def check_spec(spec: str) -> None:
@@ -206,10 +208,14 @@ class _Arrays:
     std: float
     example: Tensor
     batch_size: int
+    shuffle: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = np.arange(len(self.images))
+        if self.shuffle:
+            order = torch.randperm(len(order)).numpy()
         for start in range(0, len(self.images), self.batch_size):
-            part = slice(start, start + self.batch_size)
+            part = order[start : start + self.batch_size]
             x = torch.from_numpy((self.images[part] - self.mean) / self.std)
             yield _shaped(x, self.example), torch.from_numpy(self.labels[part])
 

@@ -49,6 +49,7 @@ ORDER = [
         "tune",
         "report",
         "demo",
+        "cli_tune",
         "cli",
         "__main__",
     ),

@@ -1,0 +1,212 @@
+"""``fxprune finetune``: the options, and the work behind them; :mod:`fxprune.cli` prints.
+
+What it is given is a folder that ``fxprune prune`` wrote, whose result.json names the original, or
+a model spec. With ``accelerate launch -m fxprune finetune ...`` processes share the batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxprune.errors import InputError, SpecError
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    from torch import Tensor, nn
+
+    from fxprune.export import ExportReport
+    from fxprune.tune import TuneResult
+    from fxprune.types import PrunePlan
+
+HELP = "fine-tune a pruned model with distillation from its original"
+DESCRIPTION = """\
+Fine-tune a pruned model: cross-entropy with the labels and distillation from the original. SOURCE
+is a folder that fxprune prune wrote, or a model spec (then without a teacher). A run that was
+killed goes on when the same command is given again.
+"""
+OPTIONS = ("model", "weights", "input", "seed")  # that result.json of a folder remembers
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Of ``fxprune finetune``."""
+    command.add_argument("source", metavar="SOURCE", help="a folder of fxprune prune, or a model")
+    command.add_argument("--data", required=True, metavar="SPEC", help="labelled training data")
+    command.add_argument("--test", metavar="SPEC", help="default: the test part of --data, if any")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    command.add_argument("--epochs", type=int, default=1, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="of each process; default: 64"
+    )
+    command.add_argument("--optimizer", default="adamw", help="adamw or sgd; default: %(default)s")
+    command.add_argument("--lr", type=float, metavar="RATE", help="default: the optimizer's")
+    command.add_argument(
+        "--distill",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of the distillation in the loss, 0 to 1; default: %(default)s",
+    )
+    command.add_argument(
+        "--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.99"
+    )
+    command.add_argument(
+        "--mixed-precision", default="auto", help="auto, no, bf16 or fp16; default: %(default)s"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="DIR", help="folder to resume from; default: OUT.tuning"
+    )
+    command.add_argument("--model", metavar="MODEL", help="the original; default: as in SOURCE")
+    command.add_argument("--weights", metavar="FILE", help="its weights; default: as in SOURCE")
+    command.add_argument("--input", metavar="SHAPE", help="its input; default: as in SOURCE")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+@dataclass(frozen=True)
+class Source:
+    """``original``: None where a whole model is tuned; ``figures``: the folder's result.json."""
+
+    model: nn.Module
+    original: nn.Module | None
+    inputs: tuple[Tensor, ...]
+    plan: PrunePlan
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """accuracy: name -> share of the test images; empty where there is no test part."""
+
+    out: Path
+    result: TuneResult
+    accuracy: Mapping[str, float]
+    onnx: ExportReport
+
+
+def run(args: argparse.Namespace) -> Tuned | None:
+    """Train, export, save. None in all processes but the first."""
+    from fxprune import checkpoint
+    from fxprune.data import check_spec, load_data
+    from fxprune.export import check_opset
+    from fxprune.tune import Tuning, finetune
+
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    checkpoint.check_target(args.out, overwrite=args.overwrite)
+    check_opset(args.opset)
+    for spec in filter(None, (args.data, args.test)):
+        check_spec(spec)
+        if spec == "random":
+            raise SpecError("fine-tuning needs labelled data; random inputs have no labels")
+    options = Tuning(
+        optimizer=args.optimizer, lr=args.lr, distill=args.distill, ema=args.ema,
+        mixed_precision=args.mixed_precision, seed=args.seed,
+    )  # fmt: skip
+    source = _source(args)
+    given = {"batch_size": args.batch_size, "seed": args.seed}
+    data = load_data(args.data, source.inputs, shuffle=True, **given)
+    assert data is not None
+    state = Path(args.checkpoint or f"{args.out}.tuning")
+    result = finetune(
+        source.model, data, args.epochs, teacher=source.original if args.distill else None,
+        options=options, checkpoint=state, progress=not args.quiet,
+    )  # fmt: skip
+    if int(os.environ.get("RANK", "0")):
+        return None
+    tuned = _saved(args, source, result)
+    if args.checkpoint is None:
+        shutil.rmtree(state, ignore_errors=True)
+    return tuned
+
+
+def _source(args: argparse.Namespace) -> Source:
+    """Raises InputError where the original of a folder is not known or does not fit."""
+    from fxprune.checkpoint import PLAN, RESULT
+    from fxprune.models import load_model
+    from fxprune.pipeline import load
+    from fxprune.types import PrunePlan
+
+    folder = Path(args.source)
+    if not folder.is_dir():
+        model, inputs = load_model(args.model or args.source, args.weights, args.input, args.seed)
+        return Source(model, None, inputs, PrunePlan({}), {})
+    if not (folder / PLAN).is_file():
+        raise InputError(f"{folder} holds no {PLAN}; give a folder that fxprune prune wrote")
+    try:
+        figures = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        known = dict(figures.get("options", {}))
+    except (OSError, ValueError, AttributeError):
+        figures, known = {}, {}
+    known |= {k: v for k in OPTIONS if (v := getattr(args, k)) is not None and k != "seed"}
+    if not known.get("model"):
+        raise InputError(
+            f"{folder} does not say which model it was pruned from; give --model (and --weights)"
+        )
+    original, inputs = load_model(
+        known["model"], known.get("weights"), known.get("input"), known.get("seed", args.seed)
+    )
+    small = load(folder, original, inputs)
+    plan = PrunePlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    return Source(small, original, inputs, plan, figures)
+
+
+def _saved(args: argparse.Namespace, source: Source, result: TuneResult) -> Tuned:
+    from fxprune import checkpoint
+    from fxprune.export import export_onnx
+
+    accuracy = _accuracy(args, source, result)
+    reports: list[ExportReport] = []
+
+    def export(folder: Path) -> Mapping[str, Any]:
+        reports.append(
+            export_onnx(result.model, source.inputs, folder / "pruned.onnx", opset=args.opset)
+        )
+        known = source.figures
+        asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
+        origin = known.get("options", {})
+        named = {k: asked.get(k) or origin.get(k) for k in ("model", "weights", "input")}
+        named["model"] = named["model"] or (None if source.original else args.source)
+        return {
+            **{k: known[k] for k in ("before", "after", "share", "versions") if k in known},
+            "options": {**asked, **named, "seed": origin.get("seed", args.seed)},
+            "tuning": result.to_dict(),
+            "accuracy": accuracy,
+            "onnx": reports[0].to_dict(),
+        }
+
+    out = checkpoint.save(
+        args.out, result.model, source.plan, overwrite=args.overwrite, write=export
+    )
+    return Tuned(out, result, accuracy, reports[0])
+
+
+def _accuracy(args: argparse.Namespace, source: Source, result: TuneResult) -> dict[str, float]:
+    """Top-1 on the test part: of the original, before and after."""
+    import torch
+
+    from fxprune.data import load_data
+    from fxprune.products import evaluating
+
+    if args.test is None and args.data.startswith("imagefolder"):
+        return {}
+    models = {"original": source.original, "before": source.model, "after": result.model}
+    right = dict.fromkeys((k for k, m in models.items() if m is not None), 0)
+    total = 0
+    for x, y in load_data(args.test or args.data, source.inputs, train=False) or ():
+        total += len(y)
+        for name, model in models.items():
+            if model is not None:
+                with evaluating(model):
+                    output = model(x)
+                if not isinstance(output, torch.Tensor) or output.ndim != 2:
+                    return {}
+                right[name] += int((output.argmax(1) == y).sum())
+    return {name: count / max(1, total) for name, count in right.items()}
