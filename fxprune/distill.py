@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import SpecError
 from fxprune.imitate import Point, Target, points, spread, tapped
-from fxprune.inputs import samples_of
+from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 from fxprune.products import evaluating
 from fxprune.progress import bar
@@ -132,43 +133,67 @@ class _Samples:
 
     def __init__(self, batches: Sequence[tuple[Any, ...]], o: Distillation, seed: int) -> None:
         self.batches, self.mix = batches, o.mix
-        self.where = [(b, i) for b, batch in enumerate(batches) for i in range(samples_of(batch))]
-        self.size = min(o.batch_size, len(self.where))
         self.generator = torch.Generator().manual_seed(seed)
+        self.whole = not all(divisible(b) for b in batches)  # a list holds the samples
+        self.where = [
+            (b, i)
+            for b, batch in enumerate(batches)
+            for i in range(1 if self.whole else samples_of(batch))
+        ]
+        self.size = 1 if self.whole else min(o.batch_size, len(self.where))
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         queue: list[int] = []
         while True:
             while len(queue) < self.size:
                 queue += torch.randperm(len(self.where), generator=self.generator).tolist()
-            taken, queue = queue[: self.size], queue[self.size :]
-            yield self._mixed(self._batch(taken))
-
-    def _batch(self, taken: Sequence[int]) -> tuple[Any, ...]:
-        """Values that are no tensors, or do not go by samples, are those of the first batch."""
-        first = self.batches[0]
-        made: list[Any] = []
-        for k, value in enumerate(first):
-            if isinstance(value, Tensor) and value.ndim and len(value) == samples_of(first):
-                where = [self.where[i] for i in taken]
-                made.append(torch.stack([self.batches[b][k][i] for b, i in where]))
+            taken, queue = [self.where[i] for i in queue[: self.size]], queue[self.size :]
+            if self.whole:
+                yield self.batches[taken[0][0]]
             else:
-                made.append(value)
-        return tuple(made)
+                wholes = [self.batches[b] for b, _ in taken]
+                parts = [part_of(self.batches[b], slice(i, i + 1)) for b, i in taken]
+                yield self._mixed(_joined(wholes, parts))
 
     def _mixed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """Each sample and another one of the batch, in shares of its own."""
         n = samples_of(batch)
+        along = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim and len(t) == n]
         if float(torch.rand((), generator=self.generator)) >= self.mix or n < 2:
+            return batch
+        if not all(t.is_floating_point() for t in along):
             return batch
         shift = int(torch.randint(1, n, (), generator=self.generator))
         share = torch.rand(n, generator=self.generator) * 0.5
-        return tuple(
-            x + share.to(x).view(-1, *[1] * (x.ndim - 1)) * (x.roll(shift, 0) - x)
-            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and len(x) == n
-            else x
-            for x in batch
+
+        def one(x: Tensor) -> Tensor:
+            if not any(x is t for t in along):
+                return x
+            part = share.to(x).view(-1, *[1] * (x.ndim - 1))
+            return x + part * (x.roll(shift, 0) - x)
+
+        mixed: tuple[Any, ...] = tree_map_only(Tensor, one, batch)
+        return mixed
+
+
+def _joined(wholes: Sequence[Any], samples: Sequence[Any]) -> tuple[Any, ...]:
+    """One batch of samples, each a batch of one out of the batch in ``wholes``.
+
+    What does not go by samples is that of the first.
+    """
+    counts = [samples_of(w) for w in wholes]
+
+    def one(whole: Sequence[Any], parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Mapping):
+            return {k: one([w[k] for w in whole], [p[k] for p in parts]) for k in parts[0]}
+        along = all(
+            isinstance(w, Tensor) and w.ndim and len(w) == n
+            for w, n in zip(whole, counts, strict=True)
         )
+        return torch.cat(list(parts)) if along else parts[0]
+
+    pairs = zip(zip(*wholes, strict=True), zip(*samples, strict=True), strict=True)
+    return tuple(one(whole, parts) for whole, parts in pairs)
 
 
 class _Run:

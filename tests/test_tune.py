@@ -452,3 +452,36 @@ def test_two_processes_equal_one_with_the_batches_together(tmp_path: Path, preci
         torch.testing.assert_close(first[name], value, **close)
     losses = [e[0] for e in told[0][0]]
     assert losses == pytest.approx([e.loss for e in one.history], rel=1e-5 if exact else 0.02)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 16), nn.Linear(3, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:
+        return self.head(F.relu(self.a(x) + self.b(more)))
+
+
+@pytest.mark.parametrize("form", ["position", "keyword", "mapping"])
+def test_several_inputs(form: str) -> None:
+    with rng_kept(0):
+        model = Two()
+    pairs = [(x, torch.randn(len(x), 3), y) for x, y in batches(4)]
+    data: list[Any] = [((x, m), y) for x, m, y in pairs]
+    inputs: Any = pairs[0][:2]
+    if form != "position":
+        inputs = {"x": inputs[0], "more": inputs[1]}
+        data = [({"x": x, "more": m}, y) for x, m, y in pairs]
+    calibration = [d[0] for d in data]
+    if form == "mapping":
+        data = [{"more": m, "x": x, "labels": y} for x, m, y in pairs]
+    options = fxprune.Distillation(steps=4, batch_size=4)
+    result = fxprune.prune(model, inputs, 0.6, calibration, round_to=1, repair=options,
+                           progress=False, max_evaluations=2)  # fmt: skip
+    assert result.report["repair"]["distill"]["steps"] == 4
+    tuned = tune(result, data, 6, lr=0.02)
+    assert tuned.history[-1].loss < 0.9 * tuned.history[0].loss
+    assert tuned.pruned is not None
+    call = tuned.model(**inputs) if form != "position" else tuned.model(*inputs)
+    torch.testing.assert_close(call, tuned.pruned.graph_module(*pairs[0][:2]))

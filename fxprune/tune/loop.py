@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fxprune.checkpoint import check_finite
 from fxprune.errors import DataError, InputError, ModelError, SpecError
 from fxprune.imitate import Target
+from fxprune.inputs import Inputs
 from fxprune.isolate import rng_kept
 from fxprune.pipeline import PruneResult
 from fxprune.products import evaluating
@@ -89,8 +90,7 @@ def finetune(
     model       what ``prune`` gave, or any module
     train_data  a DataLoader or another re-iterable of batches: (inputs, targets), or inputs alone
                 to learn from the teacher only; several inputs as ((input, input), targets)
-    teacher     a module to distil from, None for none; "original": the unpruned model of a
-                PruneResult (none where ``model`` is a plain module)
+    teacher     to distil from, or None; "original": the unpruned model of a PruneResult
     options     optimizer, rates, EMA, precision, seed, ...: see :class:`Tuning`
     loss        ``loss(output, targets)`` in place of the cross-entropy with class numbers
     evaluate    ``evaluate(model) -> float``, higher is better, after each epoch; the best epoch's
@@ -102,24 +102,26 @@ def finetune(
     steps_per_epoch  needed where ``train_data`` has no length
     accelerator  an ``accelerate.Accelerator``; processes started by ``accelerate launch`` make one
 
-    Frozen parameters (``requires_grad=False``) stay. RNG states and loaders are put back.
+    Frozen parameters stay. RNG states and loaders are put back.
     Raises SpecError, DataError, ModelError, OutputError for what cannot be used.
     """
     tuning = options or Tuning()
     pruned = model if isinstance(model, PruneResult) else None
     student, device = _checked(pruned.model if pruned is not None else model, epochs)
-    inputs = len(pruned.analysis.example_inputs) if pruned is not None else 1
+    given = pruned.analysis.captured.given if pruned is not None else None
     master = _teacher(teacher, pruned)
     start = time.perf_counter()
     with rng_kept(tuning.seed):
         backend = backend_for(accelerator, device, tuning.mixed_precision)
         stream = Stream(
-            train_data, inputs, tuning.seed, epochs, steps_per_epoch, backend.processes,
+            train_data, given, tuning.seed, epochs, steps_per_epoch, backend.processes,
             backend.process,
         )  # fmt: skip
         job = _Job(student, master, tuning, backend, stream, Objective(tuning, loss), epochs)
         job.evaluate, job.save_every = evaluate, save_every
         job.folder = Path(checkpoint) if checkpoint is not None else None
+        if pruned is not None:
+            job.calls(given, student is pruned.graph_module, teacher == ORIGINAL)
         with stream.kept():
             job.begin(resume)
             job.run(progress)
@@ -170,6 +172,8 @@ class _Job:
     folder: Path | None = None
     evaluate: Callable[[nn.Module], float] | None = None
     save_every = SAVE_EVERY
+    given: Inputs | None = None  # how the model is called; None: by position
+    given_teacher: Inputs | None = None
 
     def __init__(
         self,
@@ -200,6 +204,11 @@ class _Job:
         self.best_epoch: int | None = None
         self.best: files.State = {}
         self.saved = time.perf_counter()
+
+    def calls(self, given: Inputs | None, graph: bool, original: bool) -> None:
+        """Graph modules (the model, the original) are called by position, classes as ``given``."""
+        self.given = None if graph else given
+        self.given_teacher = None if original else given
 
     # -- where it stands ----------------------------------------------------------------------
 
@@ -299,8 +308,8 @@ class _Job:
         with self.backend.autocast():
             if self.teacher is not None:
                 with torch.no_grad():
-                    target = Target.of(self.teacher(*inputs))
-            output = self.called(*inputs)
+                    target = Target.of(_call(self.teacher, self.given_teacher, inputs))
+            output = _call(self.called, self.given, inputs)
         return self.objective(output, targets, target)
 
     def here(self, value: Any) -> Any:
@@ -361,6 +370,10 @@ class _Job:
         for new, old in zip(tuned.modules(), student.modules(), strict=True):
             new.training = old.training
         return tuned
+
+
+def _call(model: nn.Module, given: Inputs | None, inputs: tuple[Any, ...]) -> Any:
+    return model(*inputs) if given is None else given.call(model, inputs)
 
 
 @contextmanager

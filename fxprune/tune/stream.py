@@ -8,7 +8,7 @@ does not change it, and reading up to a position brings it to the state that it 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fxprune.batches import select
 from fxprune.data import guarded
 from fxprune.errors import DataError, SpecError
+from fxprune.inputs import Inputs
 
 _END = object()
 
@@ -40,7 +42,7 @@ class Stream:
     """Batches of one process of ``processes``: (inputs, targets or None) in the same order again.
 
     data             re-iterable; see :func:`fxprune.finetune`
-    inputs           number of positional inputs of the model
+    given            example inputs: how many there are, and their keywords; None: one input
     steps_per_epoch  at most so many batches of each epoch for each process; needed where ``data``
                      has no length
 
@@ -52,7 +54,7 @@ class Stream:
     def __init__(
         self,
         data: Any,
-        inputs: int,
+        given: Inputs | None,
         seed: int,
         epochs: int,
         steps_per_epoch: int | None = None,
@@ -69,7 +71,7 @@ class Stream:
                 f"train_data is an iterator, which is empty after one epoch, and {epochs} are "
                 "asked for; give a DataLoader or a list of batches"
             )
-        self.inputs, self.seed = inputs, seed
+        self.given, self.seed = given, seed
         self.processes, self.process = processes, process
         self.data = data
         self.generators = _generators(data)
@@ -141,9 +143,16 @@ class Stream:
 
     def _parts(self, item: Any, i: int) -> tuple[tuple[Any, ...], Any]:
         """(inputs, targets or None) of one item."""
-        n = self.inputs
+        given = self.given
+        n = len(given.values) if given is not None else 1
         if isinstance(item, (Tensor, np.ndarray)):
             item = (item,)
+        if given is not None and isinstance(item, Mapping):
+            rest = [v for k, v in item.items() if k not in (given.names or item)]
+            return tuple(select(item, given, i)), rest[0] if len(rest) == 1 else None
+        named = n > 1 and isinstance(item, (tuple, list)) and len(item) in (1, 2)
+        if given is not None and named and isinstance(item[0], Mapping):
+            return tuple(select(item[0], given, i)), item[1] if len(item) == 2 else None
         if isinstance(item, (tuple, list)) and len(item):
             if isinstance(item[0], (tuple, list)) and len(item[0]) == n and len(item) <= 2:
                 return tuple(item[0]), item[1] if len(item) == 2 else None
