@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,21 +20,20 @@ from fxprune.checkpoint import check_finite, load_state, read
 from fxprune.criteria import Criterion
 from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
-from fxprune.distill import Distillation, distill
-from fxprune.errors import ModelError, SpecError, unknown
-from fxprune.fitness import EvaluateFitness, KLFitness, Repair
+from fxprune.distill import Distillation
+from fxprune.errors import ModelError, SpecError
+from fxprune.fitness import EvaluateFitness, KLFitness
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 from fxprune.latency import Keeper, Target
+from fxprune.mending import Mending
 from fxprune.observe import Statistics, observe
-from fxprune.repair import LeastSquares, RepairReport, repair_bn
+from fxprune.progress import Clock
 from fxprune.rounds import compose, round_budgets, transplanted
 from fxprune.rounds import told as rounds_told
-from fxprune.sequential import best_form
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
 
-REPAIRS = ("lstsq", "distill", "bn")
 HELD_OUT = 0.25  # of the calibration samples: for the fitness alone
 RANDOM_SAMPLES = 64  # where there is no data: more random inputs tell no more
 
@@ -70,8 +68,7 @@ class _Options:
     budget: Budget
     criterion: Criterion
     allocation: Allocator
-    repair: str | None
-    distillation: Distillation
+    mending: Mending
     round_to: int | str
     target: Target | None
     seed: int
@@ -133,7 +130,7 @@ def prune(
         model, budget, criterion, allocation, repair, round_to, target, threads, seed, progress,
         max_evaluations, executor,
     )  # fmt: skip
-    clock = _Clock()
+    clock = Clock()
     with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
@@ -161,14 +158,14 @@ def _pruned(
     o: _Options,
     evaluate: Callable[[Any], float] | None,
     keeper: Keeper | None,
-    clock: _Clock,
+    clock: Clock,
 ) -> PruneResult:
     seen, held_out = _split(calibration.batches)
     statistics = _statistics(traced, o, seen)
     clock.lap("observe")
     scores = o.criterion(traced, statistics, np.random.default_rng(o.seed))
     clock.lap("rank")
-    mend = _repairer(traced, o.repair, statistics, seen)
+    mend = o.mending.repairer(traced, statistics, seen)
     fitness = (
         EvaluateFitness(traced, mend, evaluate) if evaluate else KLFitness(traced, mend, held_out)
     )
@@ -178,7 +175,7 @@ def _pruned(
     gm = cut(traced, plan)
     clock.lap("cut")
     measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
-    told = _mended(traced, plan, gm, mend, (seen, held_out), measure, o, clock)
+    told = o.mending.run(traced, plan, gm, mend, (seen, held_out), measure, clock)
     made = _result(model, traced, plan, gm, calibration, told, clock)
     if keeper is not None:
         made.report["latency"] = keeper.report(gm, plan, problem)
@@ -187,7 +184,7 @@ def _pruned(
 
 
 @contextmanager
-def _keeper(traced: Traced, o: _Options, clock: _Clock) -> Iterator[Keeper | None]:
+def _keeper(traced: Traced, o: _Options, clock: Clock) -> Iterator[Keeper | None]:
     """What times the model and knows the target's fast widths; None where no target was named."""
     if o.target is None:
         yield None
@@ -220,7 +217,7 @@ def _result(
     gm: fx.GraphModule,
     calibration: Calibration,
     told: dict[str, Any],
-    clock: _Clock,
+    clock: Clock,
 ) -> PruneResult:
     small = as_user_class(traced, plan, gm)
     report = {
@@ -240,37 +237,6 @@ def _result(
         gm if small is None else small, gm, copy.deepcopy(traced.graph_module), traced, plan,
         traced.cost(), traced.cost(plan), report,
     )  # fmt: skip
-
-
-def _mended(
-    traced: Traced,
-    plan: PrunePlan,
-    gm: fx.GraphModule,
-    mend: Repair | None,
-    batches: tuple[list[Any], list[Any]],
-    measure: Callable[[fx.GraphModule], float],
-    o: _Options,
-    clock: _Clock,
-) -> dict[str, Any]:
-    """Repair ``gm`` in place; what the report says about it."""
-    seen, held_out = batches
-    outcome = None
-    if isinstance(mend, LeastSquares):
-        outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
-    repaired = outcome.report if outcome else mend(plan, gm) if mend else None
-    clock.lap("repair")
-    told: dict[str, Any] = {}
-    if isinstance(repaired, RepairReport):
-        told = {
-            "kind": o.repair,
-            "repaired": len(repaired.repaired),
-            "skipped": dict(repaired.skipped),
-            # the form whose fitness on held-out samples is better stays
-            **({"form": outcome.form, "fitness": dict(outcome.fitness)} if outcome else {}),
-        }
-    if o.repair == "distill":
-        told["distill"] = _distilled(traced, plan, gm, seen, measure, o, clock)
-    return told
 
 
 def _in_rounds(
@@ -297,7 +263,7 @@ def _in_rounds(
             "progress", "max_evaluations", "executor",
         )),
     )  # fmt: skip
-    clock = _Clock()
+    clock = Clock()
     with rng_kept():
         traced = trace(model, example_inputs).excluding(given["exclude"])
         calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
@@ -307,7 +273,10 @@ def _in_rounds(
         clock.lap("trace and couple")
         done: list[PruneResult] = []
         current = model
-        given |= {"data": calibration.batches, "repair": "lstsq" if _linear(o) else o.repair}
+        given |= {
+            "data": calibration.batches,
+            "repair": "lstsq" if o.mending.linear else o.mending.kind,
+        }
         for budget in round_budgets(o.budget, traced.cost(), steps):
             done.append(prune(current, example_inputs, budget, **given))
             current = done[-1].model
@@ -318,57 +287,15 @@ def _in_rounds(
             clock.lap(f"round {len(done)}")
         plan = compose(traced, [(r.analysis, r.plan) for r in done], done[-1].plan.meta)
         gm = transplanted(traced, plan, done[-1].graph_module)
-        told = _repaired_again(traced, plan, gm, (seen, held_out), measure, o, clock, tune is None)
+        statistics = _statistics(traced, o, seen) if tune is None else None
+        batches = (seen, held_out)
+        told = o.mending.again(traced, plan, gm, statistics, batches, measure, clock)
         told["rounds"] = rounds_told(done)
-        return _result(model, traced, plan, gm, calibration, told, clock)
-
-
-def _linear(o: _Options) -> bool:
-    return o.repair in ("lstsq", "distill")
-
-
-def _repaired_again(
-    traced: Traced,
-    plan: PrunePlan,
-    gm: fx.GraphModule,
-    batches: tuple[list[Any], list[Any]],
-    measure: Callable[[fx.GraphModule], float],
-    o: _Options,
-    clock: _Clock,
-    direct: bool,
-) -> dict[str, Any]:
-    """After the last round: ``gm`` or, if better, the cut repaired from the original's weights."""
-    told: dict[str, Any] = {"kind": o.repair}
-    if _linear(o) and direct:
-        other, plain = cut(traced, plan), replace(o, repair="lstsq")
-        mend = _repairer(traced, "lstsq", _statistics(traced, plain, batches[0]), batches[0])
-        straight = _mended(traced, plan, other, mend, batches, measure, plain, clock)
-        fitness = {"rounds": measure(gm), "direct": measure(other)}
-        if fitness["direct"] <= fitness["rounds"]:
-            told = straight
-            gm.load_state_dict(other.state_dict())
-        told |= {"kind": o.repair, "kept": min(fitness, key=lambda k: fitness[k])}
-        told["rounds fitness"] = fitness
-    if o.repair == "distill":
-        told["distill"] = _distilled(traced, plan, gm, batches[0], measure, o, clock)
-    return told
-
-
-def _distilled(
-    traced: Traced,
-    plan: PrunePlan,
-    gm: fx.GraphModule,
-    seen: list[Any],
-    measure: Callable[[fx.GraphModule], float],
-    o: _Options,
-    clock: _Clock,
-) -> dict[str, Any]:
-    """The last part of repair="distill", in place; what the report says about it."""
-    found = distill(
-        traced, plan, gm, seen, measure, o.distillation, seed=o.seed, progress=o.progress
-    )
-    clock.lap("distill")
-    return found.to_dict()
+        made = _result(model, traced, plan, gm, calibration, told, clock)
+        first, last = (r.report.get("latency") for r in (done[0], done[-1]))
+        if first and last:
+            made.report["latency"] = last | {"before_ms": first["before_ms"]}
+        return made
 
 
 def _checked(
@@ -391,14 +318,11 @@ def _checked(
         budget = Budget(macs=budget)
     allocate.bounds(budget)
     round_to, target = _aim(budget, round_to, target, threads)
-    distillation = repair if isinstance(repair, Distillation) else Distillation()
-    repair = "distill" if isinstance(repair, Distillation) else repair
-    if repair is not None and repair not in REPAIRS:
-        raise unknown("repair", str(repair), REPAIRS)
+    mending = Mending.of(repair, seed, progress)
     check_finite(model)
     return _Options(
-        budget, criteria.get(criterion), allocate.get(allocation), repair, distillation, round_to,
-        target, seed, progress, max_evaluations, executor,
+        budget, criteria.get(criterion), allocate.get(allocation), mending, round_to, target,
+        seed, progress, max_evaluations, executor,
     )  # fmt: skip
 
 
@@ -431,20 +355,10 @@ def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
 
 
 def _statistics(traced: Traced, o: _Options, batches: list[Any]) -> Statistics | None:
-    if not o.criterion.needs_data and o.repair not in ("lstsq", "distill"):
+    if not o.criterion.needs_data and not o.mending.linear:
         return None
     options = criteria.observe_options(o.criterion)
     return observe(traced, batches, progress=o.progress, **options)
-
-
-def _repairer(
-    traced: Traced, repair: str | None, statistics: Statistics | None, batches: list[Any]
-) -> Repair | None:
-    if repair in ("lstsq", "distill") and statistics is not None:
-        return LeastSquares(traced, statistics)
-    if repair == "bn":
-        return lambda plan, module: repair_bn(traced, plan, module, batches)
-    return None
 
 
 def _loss(evaluate: Callable[[Any], float] | None) -> Callable[[fx.GraphModule], float]:
@@ -476,15 +390,3 @@ def load(folder: str | os.PathLike[str], model: nn.Module, example_inputs: Any) 
     small = apply(model, plan, example_inputs)
     load_state(small, state, str(folder))
     return small
-
-
-class _Clock:
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = round(now - self.last, 4), now

@@ -36,6 +36,7 @@ ORDER = [
         "fitness",
         "imitate",
         "distill",
+        "mending",
         "allocate",
     ),
     *("export", "latency", "checkpoint"),

@@ -97,8 +97,7 @@ def finetune(
                 state is returned then
     checkpoint  folder for the state, written after each epoch and every ``save_every`` seconds. A
                 call with the same folder and options goes on where it was (``resume``) and ends as
-                if it had never been interrupted: the data's order and all random numbers depend on
-                seed, epoch and step alone (but not those of loader workers that outlive an epoch)
+                if it had never been interrupted (see :mod:`fxprune.tune.stream`)
     steps_per_epoch  needed where ``train_data`` has no length
     accelerator  an ``accelerate.Accelerator``; processes started by ``accelerate launch`` make one
 

@@ -2,7 +2,8 @@
 
 Everything random that happens while a batch is fetched (shuffling, augmentation in this process)
 draws from a random stream of its own, which starts anew in each epoch; so what the model draws
-does not change it, and reading up to a position brings it to the state that it had there.
+does not change it, and reading up to a position brings it to the state that it had there. (Not so
+for data sets with random states of their own, and loader workers that outlive an epoch.)
 """
 
 from __future__ import annotations
