@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune import indexing  # noqa: F401 - registers its rewriting rules
 from fxprune.copies import copied
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes, kept_runs

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from math import gcd, prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -171,11 +170,11 @@ def _has_nodes(tree: Any) -> bool:
     return bool(found)
 
 
-def _args(node: fx.Node) -> Any:
+def arguments(node: fx.Node) -> Any:
     return node.args
 
 
-def _kwargs(node: fx.Node) -> Any:
+def keywords(node: fx.Node) -> Any:
     return node.kwargs
 
 
@@ -209,8 +208,8 @@ def _as_list(args: tuple[Any, ...]) -> Any:
 @register("view", "reshape", "expand", "view_copy", "broadcast_to")
 def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """x.view(2, C, -1), torch.reshape(x, shape), x.expand(...)"""
-    key = next((k for k in ("shape", "size") if k in _kwargs(old)), None)
-    sizes = _kwargs(old)[key] if key else _as_list(_args(old)[1:])
+    key = next((k for k in ("shape", "size") if k in keywords(old)), None)
+    sizes = keywords(old)[key] if key else _as_list(arguments(old)[1:])
     if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
         sizes = (sizes,)
     if not isinstance(sizes, (fx.Node, tuple, list)):
@@ -227,7 +226,7 @@ def _shape(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 def _like(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """The other tensor may change where this one does not: the shape is made explicit."""
     want = r.sizes.shape(r.sizes.old(old))
-    other = _args(old)[1] if len(_args(old)) > 1 else _kwargs(old)["other"]
+    other = arguments(old)[1] if len(arguments(old)) > 1 else keywords(old)["other"]
     now = r.sizes.shape(r.sizes.old(other))
     if now != want:
         shape = r.graph.call_function(getattr, (r.env[other], "shape"))
@@ -235,7 +234,7 @@ def _like(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         made = tuple(p if n == w else w for p, n, w in zip(parts, now, want, strict=True))
         new.target = call_name(old).removesuffix("_as")
         new.op = "call_method"
-        new.args, new.kwargs = (r.env[_args(old)[0]], made), {}
+        new.args, new.kwargs = (r.env[arguments(old)[0]], made), {}
 
 
 @register(*CREATORS)
@@ -244,11 +243,13 @@ def _created(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     want = r.sizes.shape(r.sizes.old(old))
     at = 1 if old.op == "call_method" else 0
     one = "full" in call_name(old)
-    sizes = _kwargs(old).get("size", _as_list(_args(old)[at : at + 1] if one else _args(old)[at:]))
+    sizes = keywords(old).get(
+        "size", _as_list(arguments(old)[at : at + 1] if one else arguments(old)[at:])
+    )
     if isinstance(sizes, fx.Node) and not isinstance(r.sizes.old(sizes), (tuple, list)):
         sizes = (sizes,)
     made = _new_sizes(r, sizes, want)
-    if "size" in _kwargs(old):
+    if "size" in keywords(old):
         new.kwargs = {**new.kwargs, "size": made}
     else:
         new.args = (*new.args[:at], made, *(new.args[at + 1 :] if one else ()))
@@ -256,8 +257,8 @@ def _created(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 
 @register("unflatten")
 def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    names = dict(zip(("dim", "sizes"), _args(old)[1:], strict=False)) | dict(_kwargs(old))
-    source = r.sizes.old(_args(old)[0])
+    names = dict(zip(("dim", "sizes"), arguments(old)[1:], strict=False)) | dict(keywords(old))
+    source = r.sizes.old(arguments(old)[0])
     dim = names["dim"] % len(source.shape)
     want = r.sizes.shape(r.sizes.old(old))
     count = len(want) - len(source.shape) + 1
@@ -268,113 +269,34 @@ def _unflatten(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
 @register("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk")
 def _split(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     parts = r.sizes.old(old)
-    names = dict(zip(("sizes", "dim"), _args(old)[1:], strict=False)) | dict(_kwargs(old))
+    names = dict(zip(("sizes", "dim"), arguments(old)[1:], strict=False)) | dict(keywords(old))
     dim = names.get("dim", 0) % len(parts[0].shape)
     before = [p.shape[dim] for p in parts]
     after = [r.sizes.shape(p)[dim] for p in parts]
     if before != after:
         new.op, new.target = "call_function", torch.split
-        new.args, new.kwargs = (r.env[_args(old)[0]], after, dim), {}
+        new.args, new.kwargs = (r.env[arguments(old)[0]], after, dim), {}
 
 
-# -- indexing ---------------------------------------------------------------------------------
+# -- numbers of a call ----------------------------------------------------------------------
 
 
-def _number(r: Rewriter, value: Any) -> Any:
+def number(r: Rewriter, value: Any) -> Any:
     return r.sizes.old(value) if isinstance(value, fx.Node) else value
 
 
-def _moved_slice(r: Rewriter, s: Any, traits: Traits, dim: int) -> Any:
-    """A slice along ``dim`` in terms of kept positions; None when it need not change."""
-    start, stop, step = (_number(r, v) for v in (s.start, s.stop, s.step))
-    taken = np.arange(traits.shape[dim])[slice(start, stop, step)]
-    kept = r.sizes.positions(traits, dim)
-    if kept.all():
-        return None
-    moved = (np.cumsum(kept) - 1)[taken[kept[taken]]]
-    if len(moved) == 0:
-        return slice(0, 0)
-    steps = np.unique(np.diff(moved))
-    if len(steps) == 0:
-        return slice(int(moved[0]), int(moved[0]) + 1)
-    if len(steps) == 1 and steps[0] > 0:
-        step = int(steps[0])
-        return slice(int(moved[0]), int(moved[-1]) + 1, None if step == 1 else step)
-    return moved.tolist()
-
-
-@register("getitem", "setitem")
-def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    source = r.sizes.old(_args(old)[0])
-    if not isinstance(source, Traits):
-        return
-    index = _args(old)[1] if isinstance(_args(old)[1], tuple) else (_args(old)[1],)
-    if any(isinstance(i, fx.Node) and isinstance(r.sizes.old(i), tuple) for i in index):
-        return
-    made, changed = _moved_index(r, index, source)
-    if changed:
-        new.args = (r.env[_args(old)[0]], made, *new.args[2:])
-
-
-def _moved_index(
-    r: Rewriter, index: tuple[Any, ...], source: Traits
-) -> tuple[tuple[Any, ...], bool]:
-    used = sum(1 for i in index if i is not None and i is not Ellipsis)
-    dim, made, changed = 0, [], False
-    for i in index:
-        if i is Ellipsis:
-            dim += len(source.shape) - used
-        elif isinstance(i, slice):
-            moved = _moved_slice(r, i, source, dim)
-            changed |= moved is not None
-            made.append(_copied(r, i) if moved is None else moved)
-            dim += 1
-            continue
-        elif i is not None:
-            at = _number(r, i)
-            kept = r.sizes.positions(source, dim)
-            if isinstance(at, int) and not kept.all():
-                made.append(int(np.cumsum(kept)[at] - 1))
-                changed, dim = True, dim + 1
-                continue
-            dim += 1
-        made.append(_copied(r, i))
-    return tuple(made), changed
-
-
-def _copied(r: Rewriter, value: Any) -> Any:
-    return fx.node.map_arg(value, lambda n: r.env[n])
-
-
-@register("narrow", "select")
-def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    source = r.sizes.old(_args(old)[0])
-    names = ("dim", "start", "length") if call_name(old) == "narrow" else ("dim", "index")
-    values = dict(zip(names, _args(old)[1:], strict=False)) | dict(_kwargs(old))
-    dim = values["dim"] % len(source.shape)
-    if r.sizes.positions(source, dim).all():
-        r.keep_numbers(old, new)
-        return
-    if "start" in values:
-        start = _number(r, values["start"])
-        item: Any = slice(start, start + _number(r, values["length"]))
-    else:
-        item = values["index"]
-    index = (*[slice(None)] * dim, item)
-    made, _ = _moved_index(r, index, source)
-    new.op, new.target = "call_function", operator.getitem
-    new.args, new.kwargs = (r.env[_args(old)[0]], made), {}
+# -- functional layers ------------------------------------------------------------------------
 
 
 @register("mean")
 def _mean(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """A mean over channels keeps its divisor: those that are gone were zero."""
     r.keep_numbers(old, new)
-    source = r.sizes.coupling.values[_source(old)]
-    dims = _argument(old, 1, "dim", _kwargs(old).get("axis"))
+    source = r.sizes.coupling.values[source_of(old)]
+    dims = argument(old, 1, "dim", keywords(old).get("axis"))
     if dims is None or dims == ():
         dims = range(len(source.shape))
-    listed = [_number(r, d) for d in (dims if isinstance(dims, (tuple, list, range)) else [dims])]
+    listed = [number(r, d) for d in (dims if isinstance(dims, (tuple, list, range)) else [dims])]
     now = r.sizes.shape(source)
     share = prod(now[d] for d in listed) / prod(source.shape[d] for d in listed)
     if share != 1:
@@ -382,14 +304,13 @@ def _mean(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
             r.env[old] = r.graph.call_function(operator.mul, (new, share))
 
 
-# -- functional layers ------------------------------------------------------------------------
+def argument(old: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return keywords(old).get(
+        name, arguments(old)[position] if len(arguments(old)) > position else default
+    )
 
 
-def _argument(old: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return _kwargs(old).get(name, _args(old)[position] if len(_args(old)) > position else default)
-
-
-def _set(new: fx.Node, position: int, name: str, value: Any) -> None:
+def set_argument(new: fx.Node, position: int, name: str, value: Any) -> None:
     if len(new.args) > position:
         new.update_arg(position, value)
     else:
@@ -399,20 +320,20 @@ def _set(new: fx.Node, position: int, name: str, value: Any) -> None:
 @register("layer_norm", "rms_norm")
 def _layer_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     shape = r.sizes.shape(r.sizes.old(old))
-    sizes = _argument(old, 1, "normalized_shape")
+    sizes = argument(old, 1, "normalized_shape")
     count = len(r.sizes.old(sizes) if isinstance(sizes, fx.Node) else sizes)
-    _set(new, 1, "normalized_shape", _new_sizes(r, sizes, shape[len(shape) - count :]))
+    set_argument(new, 1, "normalized_shape", _new_sizes(r, sizes, shape[len(shape) - count :]))
 
 
 @register("group_norm", "channel_shuffle", "native_channel_shuffle")
 def _group_norm(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     name = "num_groups" if call_name(old) == "group_norm" else "groups"
-    groups = _number(r, _argument(old, 1, name))
-    _set(new, 1, name, kept_runs(r.sizes.kept_along(_source(old), 1), groups))
+    groups = number(r, argument(old, 1, name))
+    set_argument(new, 1, name, kept_runs(r.sizes.kept_along(source_of(old), 1), groups))
 
 
-def _source(old: fx.Node) -> str:
-    first = _args(old)[0] if _args(old) else _kwargs(old)["input"]
+def source_of(old: fx.Node) -> str:
+    first = arguments(old)[0] if arguments(old) else keywords(old)["input"]
     assert isinstance(first, fx.Node)
     return first.name
 
@@ -422,16 +343,16 @@ def _source(old: fx.Node) -> str:
 )  # fmt: skip
 def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     at = 7 if "transpose" in call_name(old) else 6
-    groups = _number(r, _argument(old, at, "groups", 1))
-    kept = kept_runs(r.sizes.kept_along(_source(old), 1), groups)
+    groups = number(r, argument(old, at, "groups", 1))
+    kept = kept_runs(r.sizes.kept_along(source_of(old), 1), groups)
     if kept != groups:
-        _set(new, at, "groups", kept)
+        set_argument(new, at, "groups", kept)
 
 
 @register("scaled_dot_product_attention")
 def _attention(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """Without a scale the call takes it from the head dim: the original one is made explicit."""
     r.keep_numbers(old, new)
-    query = r.sizes.old(_args(old)[0] if _args(old) else _kwargs(old)["query"])
-    if _argument(old, 6, "scale") is None and r.sizes.shape(query)[-1] != query.shape[-1]:
+    query = r.sizes.old(arguments(old)[0] if arguments(old) else keywords(old)["query"])
+    if argument(old, 6, "scale") is None and r.sizes.shape(query)[-1] != query.shape[-1]:
         new.kwargs = {**new.kwargs, "scale": query.shape[-1] ** -0.5}

@@ -341,3 +341,30 @@ class SummedTokens(_Summed):
 class SummedImage(_Summed):
     def forward(self, x: Tensor) -> Tensor:
         return SUMS[self.kind](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@register
+class Ordered(Op):
+    """Channels in another order: a roll, or an index by a list or buffer, plain or doubled."""
+
+    def __init__(self, c: int, kind: str, seed: int) -> None:
+        super().__init__()
+        self.kind, self.shift = kind, 1 + seed % c
+        order = torch.randperm(c, generator=torch.Generator().manual_seed(seed))
+        self.listed = order.tolist()
+        self.register_buffer("order", order)
+
+    @classmethod
+    def offer(cls, s: Source, shape: Shape) -> Options:
+        kind = choose(s, ("roll", "list", "buffer", "added", "pairs"))
+        return {"c": shape[1], "kind": kind, "seed": s.integer(0, 99)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "roll":
+            return x.roll(self.shift, 1)
+        if self.kind == "list":
+            return x[:, self.listed]
+        if self.kind == "pairs":
+            return x[:, [i for i in self.listed for _ in range(2)]]
+        y = x.index_select(1, self.order)
+        return y + x if self.kind == "added" else y

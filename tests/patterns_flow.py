@@ -140,8 +140,8 @@ _MOVES = {
 }  # fmt: skip
 _FREE_MOVES = (
     "roll space", "flip space", "repeat", "pad space", "maximum", "where", "zeros", "ones like",
-    "scale by width", "interpolate", "channels last", "in place", "computed view", "batch in view",
-    "negative view", "unflatten", "stack", "flip", "chunk cat",
+    "roll", "list index", "scale by width", "interpolate", "channels last", "in place",
+    "computed view", "batch in view", "negative view", "unflatten", "stack", "flip", "chunk cat",
 )  # fmt: skip
 
 

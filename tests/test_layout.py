@@ -20,7 +20,7 @@ ORDER = [
     "attention",
     # the engine
     *("values", "whole", "norms", "tracing", "rephrase", "capture"),
-    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "cut"),
+    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "indexing", "cut"),
     # the stages on top of it
     *(
         "moments",

@@ -285,11 +285,34 @@ def _triangle(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: 
     labels.put(out, [f for f in mixed if f is not None])
 
 
+def _reordered(labels: Labels, fields: Fields, dim: int, order: IntArray) -> Fields:
+    """Fields of a tensor indexed along one dim by constants; positions may come several times."""
+    made = []
+    for f in fields:
+        if f.shape[dim] > 1:
+            if len(order) == 1:
+                g = labels.mix(f, [dim], "indexed by number")
+                if g is not None:
+                    made.append(g)
+                continue
+            labels.uniform(f, dim)
+            f = np.take(f, order, axis=dim)
+        made.append(f)
+    return made
+
+
 @register("aten.roll")
 def _roll(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     dims = dims_of(args[2] if len(args) > 2 else None, out.dim())
-    fields = [labels.mix(f, dims, "rolled along the channels") for f in labels.of(args[0])]
-    labels.put(out, [f for f in fields if f is not None])
+    if labels.literal and len(args) > 2 and args[2]:
+        fields = list(labels.of(args[0]))
+        for shift, d in zip(args[1], args[2], strict=True):
+            order = np.roll(np.arange(out.shape[d]), shift)
+            fields = _reordered(labels, fields, d % out.dim(), order)
+        labels.put(out, fields)
+        return
+    mixed = [labels.mix(f, dims, "rolled along the channels") for f in labels.of(args[0])]
+    labels.put(out, [f for f in mixed if f is not None])
 
 
 @register("aten.flip")
@@ -327,6 +350,10 @@ def _index(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
         return
     width = max(i.dim() for i in indices if i is not None)
     adjacent = hit == list(range(hit[0], hit[-1] + 1))
+    if labels.literal and len(hit) == 1 and width == 1:
+        order = next(i for i in indices if i is not None).cpu().numpy()
+        labels.put(out, _reordered(labels, labels.of(x), hit[0], order))
+        return
     fields = []
     for f in labels.of(x):
         g = labels.mix(f, hit, "indexed along the channels")

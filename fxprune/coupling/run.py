@@ -120,6 +120,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = isinstance(n.target, KeptWhole) or (
             n.op == "call_module" and not isinstance(self.submodules[str(n.target)], LEAVES)
         )
+        self.labels.literal = n.op != "call_module" and _addresses_literally(n)
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.expands = n.op != "call_module" and _expands(n)
         with self.composites:
@@ -154,6 +155,13 @@ def _expands(node: fx.Node) -> bool:
     """torch's own functional layers take every extent from their inputs."""
     functional = getattr(node.target, "__module__", None) == F.__name__
     return functional or call_name(node) in EXPANDERS
+
+
+def _addresses_literally(node: fx.Node) -> bool:
+    """Indexing by a list or a buffer, or a roll: the positions do not depend on the inputs."""
+    if call_name(node) not in ("getitem", "index_select", "roll"):
+        return False
+    return all(n.op == "get_attr" for n in node.all_input_nodes[1:])
 
 
 def call_name(node: fx.Node) -> str:
