@@ -25,7 +25,6 @@ from torch.fx.proxy import TraceError
 
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs
-from fxprune.norms import Norm, recognise
 from fxprune.trees import holds, leaves
 from fxprune.values import Value, follows_data, is_traced, seen_as_values
 from fxprune.whole import CONSTANT, DataDependence, KeptWhole, Whole, autocast_recorded
@@ -76,7 +75,6 @@ class ConcreteTracer(fx.Tracer):
         self.dropped: dict[str, str] = {}
         self.names: dict[int, str] = {}
         self.objects: dict[int, str] = {}
-        self.norms: dict[nn.Module, Norm | None] = {}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         tensors = list(root.named_parameters()) + list(root.named_buffers())
@@ -99,28 +97,12 @@ class ConcreteTracer(fx.Tracer):
             path = self.path_of_module(m)
         except NameError:  # made in forward, or hidden in a plain list
             return forward(*args, **kwargs)
-        norm = self._norm(m)
-        if (
-            norm is not None
-            and path not in self.whole.modules
-            and is_traced(args[0] if args else 0)
-        ):
-            return norm.apply(args[0], getattr(m, norm.weight))
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             if self.failed is None:
                 self.failed = (path, error)
             raise
-
-    def _norm(self, m: nn.Module) -> Norm | None:
-        if m not in self.norms:
-            self.running = True
-            try:
-                self.norms[m] = recognise(m)
-            finally:
-                self.running = False
-        return self.norms[m]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = None if self.running else self.names.get(id(attr_val))

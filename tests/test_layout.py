@@ -19,7 +19,7 @@ ORDER = [
     *("errors", "isolate", "progress", "types", "inputs", "trees", "products", "copies"),
     "attention",
     # the engine
-    *("values", "whole", "norms", "tracing", "rephrase", "capture"),
+    *("values", "whole", "tracing", "rephrase", "capture"),
     *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "indexing", "cut"),
     # the stages on top of it
     *(
