@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from fxprune import indexing  # noqa: F401 - registers its rewriting rules
 from fxprune.copies import copied
+from fxprune.leaves import fit, is_leaf
 from fxprune.rewrite import Rewriter
-from fxprune.sizes import Sizes, kept_runs
+from fxprune.sizes import Sizes
 from fxprune.traced import Traced
-from fxprune.tracing import LEAVES
 from fxprune.trees import map_tensors
 from fxprune.trees import tensors as tensors_in
-from fxprune.types import BoolArray, PrunePlan
+from fxprune.types import PrunePlan
 
 
 def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
@@ -119,35 +119,6 @@ def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     return new
 
 
-def fit(new: nn.Module, kept: BoolArray | None) -> None:
-    """Attributes that mirror shapes follow the new parameters.
-
-    ``kept`` [C]: kept channels of the module's input, None where they are not known.
-    """
-    count = None if kept is None else int(kept.sum())
-    if isinstance(new, nn.modules.conv._ConvNd):
-        a, b = new.weight.shape[:2]
-        new.groups = kept_runs(kept, new.groups)
-        new.in_channels = a if new.transposed else b * new.groups
-        new.out_channels = b * new.groups if new.transposed else a
-    elif isinstance(new, nn.Linear):
-        new.out_features, new.in_features = new.weight.shape
-    elif isinstance(new, nn.modules.batchnorm._NormBase):
-        new.num_features = count or new.num_features
-    elif isinstance(new, (nn.LayerNorm, nn.RMSNorm)):
-        if new.weight is not None:
-            new.normalized_shape = tuple(new.weight.shape)
-        elif count and len(new.normalized_shape) == 1:
-            new.normalized_shape = (count,)
-    elif isinstance(new, nn.GroupNorm):
-        new.num_groups = kept_runs(kept, new.num_groups)
-        new.num_channels = count or new.num_channels
-    elif isinstance(new, nn.Embedding):
-        new.num_embeddings, new.embedding_dim = new.weight.shape
-    elif isinstance(new, nn.PReLU):
-        new.num_parameters = new.weight.numel()
-
-
 def _attributes(
     source: fx.GraphModule, tensors: dict[int, Tensor], modules: dict[str, nn.Module]
 ) -> dict[str, Any]:
@@ -183,9 +154,10 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
         if name in new:
             memo[id(t)] = new[name]
     model = copied(base, memo)
+    twins = dict(pruned.named_modules())
     for name, module in model.named_modules():
-        if isinstance(module, LEAVES):
-            twin = dict(pruned.named_modules()).get(name) if name else None
+        if name and is_leaf(module):
+            twin = twins.get(name)
             if twin is not None and type(twin) is type(module):
                 own = module.__dict__
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})

@@ -16,24 +16,16 @@ import torch
 from torch import fx
 
 from fxprune.coupling.run import CREATORS, Traits, call_name
-from fxprune.errors import InternalError
-from fxprune.sizes import Sizes, kept_runs
+from fxprune.leaves import kept_runs
+from fxprune.sizes import Sizes
+from fxprune.tables import registering
 
 Handler = Callable[["Rewriter", fx.Node, fx.Node], None]
 HANDLERS: dict[str, Handler] = {}
 
 
-def register(*names: str) -> Callable[[Handler], Handler]:
-    """Register a handler ``(rewriter, old node, new node)``; a second one for a name is refused."""
-
-    def add(handler: Handler) -> Handler:
-        for name in names:
-            if name in HANDLERS:
-                raise InternalError(f"call {name} has a rewriting rule already")
-            HANDLERS[name] = handler
-        return handler
-
-    return add
+register = registering(HANDLERS, "call")
+"""``register(*names)(handler)``: the handler of calls of functions and methods by name."""
 
 
 class Rewriter:

@@ -121,13 +121,6 @@ def _first(keep: BoolArray, rows: int) -> BoolArray:
     return first.ravel()
 
 
-def kept_runs(kept: BoolArray | None, groups: int) -> int:
-    """How many of ``groups`` equal runs of channels keep anything."""
-    if kept is None or len(kept) % groups:
-        return groups
-    return int(kept.reshape(groups, -1).any(1).sum())
-
-
 def _holds_tensors(value: Any) -> bool:
     return any(isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value))
 

@@ -25,26 +25,11 @@ from torch.fx.proxy import TraceError
 
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs
+from fxprune.leaves import is_leaf
 from fxprune.trees import holds, leaves
 from fxprune.values import Value, follows_data, is_traced, seen_as_values
 from fxprune.whole import CONSTANT, DataDependence, KeptWhole, Whole, autocast_recorded
 
-# Modules whose sizes are attributes that cutting keeps in step; all others are traced through.
-LEAVES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.PReLU,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-)
 _CREATORS = (
     "arange",
     "zeros",
@@ -88,7 +73,7 @@ class ConcreteTracer(fx.Tracer):
         if module_qualified_name in self.whole.modules:
             return True
         changed = hasattr(m, "parametrizations") or m._forward_hooks or m._forward_pre_hooks
-        return isinstance(m, LEAVES) and not changed and type(m).__module__.startswith("torch.")
+        return is_leaf(m) and not changed
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.running:

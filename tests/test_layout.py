@@ -16,11 +16,11 @@ PACKAGE = ROOT / "fxprune"
 
 ORDER = [
     # the ground
-    *("errors", "isolate", "progress", "types", "inputs", "trees", "products", "copies"),
-    "attention",
+    *("errors", "isolate", "progress", "tables", "types", "inputs", "trees", "products"),
+    *("copies", "attention", "leaves"),
     # the engine
     *("values", "whole", "tracing", "rephrase", "capture"),
-    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "indexing", "cut"),
+    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "indexing", "cut", "extend"),
     # the stages on top of it
     *(
         "moments",

@@ -15,24 +15,15 @@ from torch import Tensor
 
 from fxprune.coupling import vanish
 from fxprune.coupling.labels import Fields, Labels, align, varying
-from fxprune.errors import InternalError
+from fxprune.tables import registering
 
 Rule = Callable[[Labels, Any, Sequence[Any], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
 PRODUCTS: set[str] = set()  # ops that count multiply-adds, with labels or without
 
 
-def register(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen ops by name ("aten.view"); a second rule for one op is refused."""
-
-    def add(rule: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise InternalError(f"op {name} has a rule already")
-            RULES[name] = rule
-        return rule
-
-    return add
+register = registering(RULES, "op")
+"""``register(*names)(rule)``: the rule of ATen ops, or a user's own, by name ("aten.view")."""
 
 
 def apply_rule(

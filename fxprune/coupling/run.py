@@ -18,8 +18,8 @@ from fxprune.capture import Captured, state_kept
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.rules import apply_rule
+from fxprune.leaves import is_leaf
 from fxprune.products import Product, as_product, evaluating, storage_key
-from fxprune.tracing import LEAVES
 from fxprune.types import IntArray
 from fxprune.whole import KeptWhole
 
@@ -118,7 +118,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.mode.node, self.mode.count = n.name, 0
         self.labels.where = f"{n.name} ({n.target})" if n.op == "call_module" else n.name
         self.labels.opaque = isinstance(n.target, KeptWhole) or (
-            n.op == "call_module" and not isinstance(self.submodules[str(n.target)], LEAVES)
+            n.op == "call_module" and not is_leaf(self.submodules[str(n.target)])
         )
         self.labels.literal = n.op != "call_module" and _addresses_literally(n)
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
