@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from torch import nn
 
     from fxprune.export import ExportReport
+    from fxprune.latency import Overview
     from fxprune.pipeline import PruneResult
     from fxprune.types import ChannelGroup, Cost
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _inspect_parser(commands)
     _prune_parser(commands)
     _finetune_parser(commands)
+    _latency_parser(commands)
     return parser
 
 
@@ -137,6 +139,21 @@ def _inspect_parser(commands: Any) -> None:
     )
     _model_arguments(inspect)
     inspect.set_defaults(command=_inspect)
+
+
+def _latency_parser(commands: Any) -> None:
+    latency = commands.add_parser(
+        "latency",
+        help="measure a model on a target: slowest layers, fast widths, what pruning would save",
+        description="Measure a model and its layers on a target; measured times are kept in the "
+        "user's cache folder, or in $FXPRUNE_CACHE.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_arguments(latency)
+    _target_arguments(latency, "onnxruntime-cpu")
+    latency.add_argument("--quiet", action="store_true", help="no progress bar")
+    latency.set_defaults(command=_latency)
 
 
 def _prune_parser(commands: Any) -> None:
@@ -225,6 +242,18 @@ def _inspect(args: argparse.Namespace) -> None:
         f"{len(groups)} groups can be pruned",
         highlight=False,
     )
+
+
+def _latency(args: argparse.Namespace) -> None:
+    from fxprune.latency import Target, latency_model, overview
+    from fxprune.models import load_model
+    from fxprune.traced import trace
+
+    target = Target(args.target, args.threads)
+    model, inputs = load_model(args.model, args.weights, args.input, args.seed)
+    traced = trace(model, inputs).excluding(args.exclude)
+    found = latency_model(traced, target, progress=not args.quiet)
+    _show_latency(_console(), args.model, found.original.ms, overview(traced, found), str(target))
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -366,6 +395,28 @@ def _cost_table(title: str, before: Cost, after: Cost) -> Table:
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     return table
+
+
+def _show_latency(console: Console, title: str, ms: float, found: Overview, target: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"Slowest products of {escape(title)} ({escape(target)})")
+    for head in ("node", "in", "out", "groups", "ms", "share"):
+        table.add_column(head, justify="left" if head == "node" else "right")
+    for p in found.products:
+        table.add_row(escape(p.node), *map(str, p.channels), f"{p.ms:.3f}", f"{p.ms / ms:.1%}")
+    table.add_row(
+        "all that is no product", "", "", "", f"{found.rest:.3f}", f"{found.rest / ms:.1%}"
+    )
+    console.print(table)
+    sizes = ", ".join(f"{t:.3f} ms at {m:.0%} of the MACs" for m, t in found.sizes[1:])
+    console.print(
+        f"{ms:.3f} ms measured; most widths are fast in steps of {found.steps}; pruned uniformly, "
+        f"predicted: {sizes or 'nothing, no group can be pruned'}",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _latency_text(found: Mapping[str, Any]) -> str:

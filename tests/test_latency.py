@@ -15,14 +15,13 @@ from oracle import random_plan
 from torch import Tensor, nn
 
 import fxprune.latency.model as model_file
-from fxprune import allocate
+from fxprune import allocate, cli
 from fxprune.cut import cut
 from fxprune.errors import BudgetError, OutputError, SpecError
 from fxprune.latency import Bench, LatencyModel, Sample, Target, fast_counts, latency_model
 from fxprune.latency.ops import Family
 from fxprune.latency.runtimes import time_product
 from fxprune.latency.table import Table
-from fxprune.pipeline import prune
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget
 
@@ -266,30 +265,44 @@ def test_whole_models_in_onnxruntime() -> None:
     small = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
     target = Target()
     with Bench(target, (x,)) as bench:
-        first = bench.measure([small], seconds=0.1)[0]
-        again = bench.measure([small], seconds=0.1)[0]
+        first = bench.measure([small], seconds=0.05)[0]
+        again = bench.measure([small], seconds=0.05)[0]
     assert 0 < first.ms < 10 and first.runs >= 20 and again.ms < 3 * first.ms
 
 
-def test_prune_to_a_latency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+NET_FILE = """
+import torch
+from torch import nn
+
+def net():
     torch.manual_seed(0)
-    model = Net(32)
-    threads = torch.get_num_threads()
-    result = prune(
-        model,
-        torch.randn(1, 3, 16, 16),
-        Budget(latency=0.7),
-        torch.randn(8, 3, 16, 16),
-        criterion="l1",
-        allocation="uniform",
-        progress=False,
-        target="torch-cpu",
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
     )
-    found = result.report["latency"]
-    assert found["target"] == "torch-cpu" and found["threads"] == 1
+"""
+
+
+def test_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "nets.py").write_text(NET_FILE)
+    threads = torch.get_num_threads()
+    spec = [f"{tmp_path}/nets.py:net", "--input", "1x3x16x16", "--quiet"]
+    assert cli.main(["latency", *spec, "--target", "torch-cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "ms measured" in said and "of the MACs" in said and "_2" in said
+    out = tmp_path / "out"
+    options = ["--latency", "70%", "--target", "torch-cpu", "--allocation", "uniform"]
+    options += ["--criterion", "l1", "--calibration-samples", "8", "--out", str(out)]
+    assert cli.main(["prune", *spec, *options]) == 0
+    assert "times faster" in capsys.readouterr().out
+    found = json.loads((out / "result.json").read_text())["pruning"]["latency"]
+    assert found["after_ms"] < found["before_ms"] and found["threads"] == 1
     assert found["limit_ms"] == pytest.approx(0.7 * found["before_ms"])
     assert found["predicted_ms"] <= 0.71 * found["before_ms"] * 1.2, "both were measured twice"
-    assert found["after_ms"] < found["before_ms"]
     assert found["holds"] == (found["after_ms"] <= found["limit_ms"])
-    assert torch.get_num_threads() == threads and len(list(tmp_path.glob("latency/*.jsonl"))) == 1
+    assert torch.get_num_threads() == threads and len(list(tmp_path.glob("cache/*/*.jsonl"))) == 1
+    assert cli.main(["latency", *spec, "--target", "tensorrt"]) == 2
+    assert "unknown latency target" in capsys.readouterr().err

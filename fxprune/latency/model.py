@@ -68,6 +68,14 @@ class LatencyModel:
         """counts [P, G] -> [P, I] milliseconds of each product."""
         return self.scale * self.grids.predict(_widths(self.parts, with_one(counts)))
 
+    def widths(self, counts: IntArray) -> list[tuple[int, ...]]:
+        """counts [G] -> widths of each product along its family's axes."""
+        found = np.rint(_widths(self.parts, with_one(counts))[0]).astype(np.int64)
+        return [
+            tuple(int(v) for v in w[: item.family.axes])
+            for item, w in zip(self.parts.items, found, strict=True)
+        ]
+
     def measured(self, original: Sample) -> LatencyModel:
         """The same for another measurement of the original."""
         by = original.ms / self.original.ms
@@ -166,7 +174,7 @@ def _axes(apart: Parts, full: IntArray, least: IntArray) -> list[Axes]:
     high, low = (_widths(apart, with_one(c))[0] for c in (full, least))
     found = []
     for item, h, m in zip(apart.items, np.rint(high), np.rint(low), strict=True):
-        n = {"plain": 2, "depthwise": 1, "grouped": 3}[item.family.form]
+        n = item.family.axes
         whole = tuple(int(v) for v in h[:n])
         found.append(Axes(item.family, whole, tuple(int(v) for v in m[:n]), whole))
     return shared_tops(found)

@@ -62,6 +62,11 @@ class Family:
         body = {k: v for k, v in asdict(self).items() if v not in ((), "", False)}
         return json.dumps({**body, "widths": widths}, sort_keys=True)
 
+    @property
+    def axes(self) -> int:
+        """How many widths describe one product."""
+        return {"plain": 2, "depthwise": 1, "grouped": 3}[self.form]
+
     def channels(self, widths: tuple[int, ...]) -> tuple[int, int, int]:
         """(in, out, groups) of the product with these widths."""
         if self.form == "plain":

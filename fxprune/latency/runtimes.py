@@ -52,15 +52,16 @@ class Bench:
         self._folder.cleanup()
 
     def measure(
-        self, models: Sequence[nn.Module], *, seconds: float = 3.0, least: int = 20
+        self, models: Sequence[nn.Module], *, seconds: float = 0.7, least: int = 20
     ) -> list[Sample]:
         """Latency of each model at the inputs' batch; they take turns, so that they compare.
 
-        With one CPU thread the clock is the CPU time of the thread, else the wall clock.
+        Each runs for ``seconds`` and ``least`` times at least. With one CPU thread the clock is the
+        CPU time of the thread, else the wall clock.
         """
         with torch_runs.threads_of(self.target):
             calls = [self._call(m) for m in models]
-            return repeat(self.target, calls, seconds, least)
+            return repeat(self.target, calls, seconds * len(calls), least)
 
     def _call(self, model: nn.Module) -> Callable[[], object]:
         if id(model) not in self._calls:
