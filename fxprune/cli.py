@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from torch import nn
 
     from fxprune.export import ExportReport
-    from fxprune.latency import Overview
     from fxprune.pipeline import PruneResult
     from fxprune.types import ChannelGroup, Cost
 
@@ -245,7 +244,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _latency(args: argparse.Namespace) -> None:
-    from fxprune.latency import Target, latency_model, overview
+    from fxprune.latency import Target, latency_model, tables
     from fxprune.models import load_model
     from fxprune.traced import trace
 
@@ -253,7 +252,9 @@ def _latency(args: argparse.Namespace) -> None:
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     traced = trace(model, inputs).excluding(args.exclude)
     found = latency_model(traced, target, progress=not args.quiet)
-    _show_latency(_console(), args.model, found.original.ms, overview(traced, found), str(target))
+    console = _console()
+    for part in tables(args.model, traced, found):
+        console.print(part, highlight=False)
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -262,6 +263,7 @@ def _prune(args: argparse.Namespace) -> None:
     from fxprune import checkpoint
     from fxprune.data import check_spec, load_data
     from fxprune.export import check_opset, export_onnx
+    from fxprune.latency import latency_text
     from fxprune.models import load_model
     from fxprune.pipeline import prune
 
@@ -292,7 +294,8 @@ def _prune(args: argparse.Namespace) -> None:
     console = _console()
     console.print(_cost_table(args.model, result.before, result.after))
     if "latency" in result.report:
-        console.print(_latency_text(result.report["latency"]), markup=False, highlight=False)
+        told = latency_text(result.report["latency"])
+        console.print(told, markup=False, highlight=False)
     _tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
 
 
@@ -395,41 +398,6 @@ def _cost_table(title: str, before: Cost, after: Cost) -> Table:
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     return table
-
-
-def _show_latency(console: Console, title: str, ms: float, found: Overview, target: str) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"Slowest products of {escape(title)} ({escape(target)})")
-    for head in ("node", "in", "out", "groups", "ms", "share"):
-        table.add_column(head, justify="left" if head == "node" else "right")
-    for p in found.products:
-        table.add_row(escape(p.node), *map(str, p.channels), f"{p.ms:.3f}", f"{p.ms / ms:.1%}")
-    table.add_row(
-        "all that is no product", "", "", "", f"{found.rest:.3f}", f"{found.rest / ms:.1%}"
-    )
-    console.print(table)
-    sizes = ", ".join(f"{t:.3f} ms at {m:.0%} of the MACs" for m, t in found.sizes[1:])
-    console.print(
-        f"{ms:.3f} ms measured; most widths are fast in steps of {found.steps}; pruned uniformly, "
-        f"predicted: {sizes or 'nothing, no group can be pruned'}",
-        markup=False,
-        highlight=False,
-    )
-
-
-def _latency_text(found: Mapping[str, Any]) -> str:
-    """Measured, predicted, and whether the budget holds as measured."""
-    before, after = found["before_ms"], found["after_ms"]
-    text = (
-        f"latency on {found['target']}, {found['threads']} thread(s), batch {found['batch']}: "
-        f"{before:.3f} ms before, {after:.3f} ms after ({before / after:.2f} times faster; "
-        f"{found['predicted_ms']:.3f} ms predicted; medians of {found['runs']} runs)"
-    )
-    if not found.get("holds", True):
-        text += f"; the measured time is above the limit of {found['limit_ms']:.3f} ms"
-    return text
 
 
 def _tell(console: Console, report: ExportReport, out: Path, first: str) -> None:

@@ -1,10 +1,14 @@
-"""What the latency model knows, as rows for a table."""
+"""What the latency model knows, and what a pruning was worth, for people to read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
 
 from fxprune.allocate import AllocationProblem, uniform
 from fxprune.errors import BudgetError
@@ -64,3 +68,32 @@ def overview(traced: Traced, model: LatencyModel, most: int = 12) -> Overview:
         tuple(sizes),
         int(np.bincount(gaps.astype(np.int64)).argmax()) if len(gaps) else 1,
     )
+
+
+def tables(title: str, traced: Traced, model: LatencyModel) -> tuple[Table, str]:
+    """The slowest products, and one line that sums up, for rich to print."""
+    found, ms = overview(traced, model), model.original.ms
+    table = Table(title=f"Slowest products of {escape(title)} ({escape(str(model.target))})")
+    for head in ("node", "in", "out", "groups", "ms", "share"):
+        table.add_column(head, justify="left" if head == "node" else "right")
+    for p in found.products:
+        table.add_row(escape(p.node), *map(str, p.channels), f"{p.ms:.3f}", f"{p.ms / ms:.1%}")
+    table.add_row("the rest", "", "", "", f"{found.rest:.3f}", f"{found.rest / ms:.1%}")
+    sizes = ", ".join(f"{t:.3f} ms at {m:.0%} of the MACs" for m, t in found.sizes[1:])
+    return table, (
+        f"{ms:.3f} ms measured; most widths are fast in steps of {found.steps}; pruned uniformly, "
+        f"predicted: {sizes or 'nothing, no group can be pruned'}"
+    )
+
+
+def latency_text(found: Mapping[str, Any]) -> str:
+    """One line for ``report["latency"]``: measured, predicted, whether the budget holds."""
+    before, after = found["before_ms"], found["after_ms"]
+    text = (
+        f"latency on {found['target']}, {found['threads']} thread(s), batch {found['batch']}: "
+        f"{before:.3f} ms before, {after:.3f} ms after ({before / after:.2f} times faster; "
+        f"{found['predicted_ms']:.3f} ms predicted; medians of {found['runs']} runs)"
+    )
+    if not found.get("holds", True):
+        text += f"; the measured time is above the limit of {found['limit_ms']:.3f} ms"
+    return text
