@@ -9,7 +9,6 @@ Legend for shapes: N samples, K classes, * further dims.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,7 +18,9 @@ from torch import Tensor, fx
 
 from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
+from fxprune.repair import LeastSquares
 from fxprune.replay import Replay
+from fxprune.sequential import best_form
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
 
@@ -72,21 +73,16 @@ class KLFitness:
 class ReplayFitness:
     """:class:`KLFitness` of candidates as :class:`Replay` runs them: a callable for plans.
 
-    ``make`` gives the replay; it is called when the first plan comes. Calls may come from several
+    ``replay`` gives the replay; it is called when the first plan comes. Calls may come from several
     threads.
     """
 
-    def __init__(self, make: Callable[[], Replay]) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._made: tuple[Replay, list[Reference]] | None = None
+    def __init__(self, replay: Callable[[], Replay]) -> None:
+        self._replay = replay
 
     def __call__(self, plan: PrunePlan) -> float:
-        with self._lock:
-            if self._made is None:
-                replay = self._make()
-                self._made = replay, [refer(out) for out in replay.originals]
-        replay, references = self._made
-        return mean_divergence(references, replay.outputs(plan))
+        replay = self._replay()
+        return mean_divergence(map(refer, replay.originals), replay.outputs(plan))
 
 
 class EvaluateFitness:
@@ -107,6 +103,27 @@ class EvaluateFitness:
             raise InputError(
                 f"evaluate(model) must return one number, higher is better; got {value!r}"
             ) from e
+
+
+@dataclass(frozen=True)
+class FinalFitness:
+    """What the final repair makes of a plan; for the best few of a search.
+
+    measure   of a repaired module, lower is better
+    """
+
+    traced: Traced
+    once: LeastSquares
+    seen: Sequence[Any]
+    held_out: Sequence[Any]
+    measure: Callable[[fx.GraphModule], float]
+
+    def __call__(self, plan: PrunePlan) -> float:
+        module = cut(self.traced, plan)
+        outcome = best_form(
+            self.traced, plan, module, self.once, self.seen, self.measure, self.held_out
+        )
+        return min(outcome.fitness.values())
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,7 @@ class Reference:
         return sum(errors) / len(errors)
 
 
-def mean_divergence(references: Sequence[Reference], outputs: Iterable[Any]) -> float:
+def mean_divergence(references: Iterable[Reference], outputs: Iterable[Any]) -> float:
     """Over all samples of several batches; inf where it is not finite."""
     total, samples = 0.0, 0
     for reference, output in zip(references, outputs, strict=True):

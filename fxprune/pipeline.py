@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,19 @@ from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
 from fxprune.distill import Distillation
 from fxprune.errors import ModelError, SpecError
-from fxprune.fitness import EvaluateFitness, KLFitness
+from fxprune.fitness import FinalFitness, KLFitness, Repair
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 from fxprune.latency import Keeper, Target
 from fxprune.mending import Mending
 from fxprune.observe import Statistics, observe
 from fxprune.progress import Clock
+from fxprune.repair import LeastSquares
 from fxprune.rounds import compose, round_budgets, transplanted
 from fxprune.rounds import told as rounds_told
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
+from fxprune.workers import Recipe, Shipped, local_workers
 
 HELD_OUT = 0.25  # of the calibration samples: for the fitness alone
 RANDOM_SAMPLES = 64  # where there is no data: more random inputs tell no more
@@ -75,6 +78,9 @@ class _Options:
     progress: bool
     max_evaluations: int
     executor: Executor | None
+    max_seconds: float | None = None
+    journal: Path | None = None
+    workers: int = 0
 
 
 def prune(
@@ -83,22 +89,16 @@ def prune(
     budget: Budget | float = 0.5,
     data: Iterable[Any] | Tensor | None = None,
     *,
-    criterion: str | Criterion = "attention",
-    allocation: str | Allocator = "local",
+    criterion: str | Criterion = "attention", allocation: str | Allocator = "local",
     repair: str | Distillation | None = "lstsq",
     evaluate: Callable[[Any], float] | None = None,
-    exclude: Sequence[str] = (),
-    round_to: int | str | None = None,
-    target: str | Target | None = None,
-    threads: int = 1,
-    seed: int = 0,
-    progress: bool = True,
-    calibration_samples: int = 256,
-    max_evaluations: int = 60,
-    executor: Executor | None = None,
-    steps: int = 1,
-    tune: Callable[[nn.Module], nn.Module | None] | None = None,
-) -> PruneResult:
+    exclude: Sequence[str] = (), round_to: int | str | None = None,
+    target: str | Target | None = None, threads: int = 1, seed: int = 0, progress: bool = True,
+    calibration_samples: int = 256, max_evaluations: int = 60, max_seconds: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 0, executor: Executor | None = None,
+    steps: int = 1, tune: Callable[[nn.Module], nn.Module | None] | None = None,
+) -> PruneResult:  # fmt: skip
     """Make a smaller model that keeps at most ``budget`` of the original's cost.
 
     example_inputs  a tensor, a tuple with one entry for each positional input, or a mapping of
@@ -107,7 +107,8 @@ def prune(
     data            calibration batches: inputs or (inputs, targets); None: random inputs, with a
                     warning (rankings and repair are then as good as random inputs are)
     criterion       attention | reconstruction | l1 | l2 | random, or an object with the protocol
-    allocation      local | uniform | global | isomorphic, or an object with the protocol
+    allocation      local | evolution | greedy | random (searches) | uniform | global | isomorphic,
+                    or an object with the protocol
     repair          lstsq | distill | bn | None (cut only: then the result equals the masked
                     original). distill: least squares, then some minutes of gradient steps towards
                     the original, without labels; ``fxprune.Distillation(steps=...)`` has options
@@ -116,6 +117,10 @@ def prune(
     round_to        kept counts are multiples of it (fewer for small groups); "auto": those that
                     are fast on ``target``; default: "auto" with a target or latency, else 8
     target          where it will run, and is timed: a name or a ``fxprune.latency.Target``
+    max_evaluations, max_seconds  of the search: when either is spent, the best so far is taken
+    journal         file that the search writes; one that was broken off goes on from it
+    workers         processes that evaluate candidates (their number does not change the result);
+                    or ``executor``, any ``concurrent.futures.Executor``, for example of a cluster
     steps           rounds of ranking, cutting and repair; each takes the same share
     tune            with ``steps``: called with the model between two rounds; trains it, in place or
                     as a new one that it returns (``lambda m: finetune(m, train_data).model``)
@@ -130,6 +135,7 @@ def prune(
         model, budget, criterion, allocation, repair, round_to, target, threads, seed, progress,
         max_evaluations, executor,
     )  # fmt: skip
+    options = _limited(options, max_seconds, journal, workers)
     clock = Clock()
     with rng_kept():
         traced = trace(model, example_inputs).excluding(exclude)
@@ -166,15 +172,21 @@ def _pruned(
     scores = o.criterion(traced, statistics, np.random.default_rng(o.seed))
     clock.lap("rank")
     mend = o.mending.repairer(traced, statistics, seen)
-    fitness = (
-        EvaluateFitness(traced, mend, evaluate) if evaluate else KLFitness(traced, mend, held_out)
+    measure = _loss(evaluate) if evaluate else KLFitness(traced, None, held_out).of
+    kind = "lstsq" if o.mending.linear else o.mending.kind
+    recipe = Recipe(model, traced.captured.given, seen, held_out, kind, evaluate)
+    finals = None
+    if isinstance(mend, LeastSquares):
+        finals = FinalFitness(traced, mend, seen, held_out, measure)
+    problem = replace(
+        _problem(traced, scores, o, keeper),
+        finals=finals,
+        identity=recipe.identity() if o.journal else "",
     )
-    problem = _problem(traced, scores, o, fitness, keeper)
-    plan = o.allocation(problem)
+    plan = _allocated(problem, recipe, traced, mend, o)
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
-    measure = fitness.of if isinstance(fitness, KLFitness) else _loss(evaluate)
     told = o.mending.run(traced, plan, gm, mend, (seen, held_out), measure, clock)
     made = _result(model, traced, plan, gm, calibration, told, clock)
     if keeper is not None:
@@ -198,16 +210,25 @@ def _problem(
     traced: Traced,
     scores: Mapping[str, Any],
     o: _Options,
-    fitness: KLFitness | EvaluateFitness,
     keeper: Keeper | None,
 ) -> AllocationProblem:
     rounding = o.round_to if isinstance(o.round_to, int) or keeper is None else keeper.rounding()
     assert not isinstance(rounding, str), "auto comes with a target"
     problem = AllocationProblem(
-        traced, scores, o.budget, rounding, o.seed, fitness, o.progress, o.max_evaluations,
-        o.executor, latency=None if keeper is None else keeper.model,
+        traced, scores, o.budget, rounding, o.seed, None, o.progress, o.max_evaluations,
+        o.executor, None, o.max_seconds, o.journal,
+        latency=None if keeper is None else keeper.model,
     )  # fmt: skip
     return problem if keeper is None else keeper.tuned(problem)
+
+
+def _allocated(
+    problem: AllocationProblem, recipe: Recipe, traced: Traced, mend: Repair | None, o: _Options
+) -> PrunePlan:
+    """The allocator's plan; candidates are evaluated here or by workers."""
+    fitness = recipe.fitness(traced, mend.only if isinstance(mend, LeastSquares) else None)
+    with Shipped(recipe, traced, fitness) as shipped, local_workers(o.workers) as pool:
+        return o.allocation(replace(problem, fitness=shipped, executor=o.executor or pool))
 
 
 def _result(
@@ -277,7 +298,10 @@ def _in_rounds(
             "data": calibration.batches,
             "repair": "lstsq" if o.mending.linear else o.mending.kind,
         }
+        journal = None if given["journal"] is None else Path(given["journal"])
         for budget in round_budgets(o.budget, traced.cost(), steps):
+            if journal is not None:
+                given["journal"] = journal.with_name(f"{len(done) + 1}-{journal.name}")
             done.append(prune(current, example_inputs, budget, **given))
             current = done[-1].model
             if tune is not None and len(done) < steps:
@@ -324,6 +348,18 @@ def _checked(
         budget, criteria.get(criterion), allocate.get(allocation), mending, round_to, target,
         seed, progress, max_evaluations, executor,
     )  # fmt: skip
+
+
+def _limited(
+    o: _Options, seconds: float | None, journal: str | os.PathLike[str] | None, workers: int
+) -> _Options:
+    """The options of the search, checked."""
+    if workers < 0 or (workers and o.executor is not None):
+        raise SpecError(f"give a number of workers, or an executor; got workers={workers}")
+    if seconds is not None and not seconds > 0:
+        raise SpecError(f"max_seconds must be more than 0, got {seconds}")
+    path = None if journal is None else Path(journal)
+    return replace(o, max_seconds=seconds, journal=path, workers=workers)
 
 
 def _aim(

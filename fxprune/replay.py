@@ -15,7 +15,7 @@ Legend for shapes: N samples, S rows, V variables.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,13 +24,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.cut import cut
+from fxprune.errors import InternalError
 from fxprune.isolate import exact_arithmetic
 from fxprune.moments import Layout
 from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot
 from fxprune.renorm import some
-from fxprune.repair import LeastSquares
-from fxprune.sequential import Walk
+from fxprune.sequential import Walk, in_pieces
 from fxprune.sides import Rows, Side
 from fxprune.traced import Traced
 from fxprune.types import ChannelGroup, Consumer, PrunePlan
@@ -39,6 +39,7 @@ MAX_SAMPLES = 128  # for the repair of candidates; the final repair takes more
 MAX_BYTES = 1 << 30  # of activations that are kept at cut points, and of the original's rows
 MAX_CUTS = 32  # cut points
 
+Once: TypeAlias = Callable[[list[str]], Callable[[PrunePlan, fx.GraphModule], object]]
 Key: TypeAlias = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
@@ -47,10 +48,11 @@ class Replay:
 
     repair    batches for the repair, the first ``max_samples`` samples count
     held_out  batches whose outputs are wanted
-    once      one-shot repair for consumers that the sequential form cannot treat
+    once      consumers (keys) that the sequential form cannot treat -> their one-shot repair
 
-    Equal to cut, ``once``, :func:`sequential.repair_sequential` without its correction of outputs
-    on the same samples, and a forward pass, up to rounding. Calls may come from several threads.
+    Equal to cut, the one-shot repair, :func:`sequential.repair_sequential` on the same samples
+    without its correction of outputs, and a forward pass, up to rounding. Calls may come from
+    several threads.
     """
 
     def __init__(
@@ -58,18 +60,19 @@ class Replay:
         traced: Traced,
         repair: Sequence[Any],
         held_out: Sequence[Any],
-        once: LeastSquares,
+        once: Once,
         *,
         max_samples: int = MAX_SAMPLES,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.traced = traced
-        repair = some(repair, max_samples)
+        repair = [p for b in some(repair, max_samples) for p in in_pieces(b)]
         held_out = [b if isinstance(b, tuple) else (b,) for b in held_out]
         self.inputs, self.held_out = [*repair, *held_out], len(held_out)
         with exact_arithmetic(), evaluating(traced.graph_module):
             self.original = Recorded(traced, repair)
-        self.once = once.only(self.original.refused)
+        refused = list(self.original.refused)
+        self.once = once(refused) if refused else _nothing
         self.map = GraphMap(traced)
         self.kept = Snapshots(max_bytes)
         self.originals = self.outputs(PrunePlan({}))
@@ -95,6 +98,10 @@ class Replay:
         with exact_arithmetic(), evaluating(module):
             side = Side(module, self.inputs[: len(self.inputs) - self.held_out])
             Walk(self.traced, plan, self.original, side).run()
+
+
+def _nothing(plan: PrunePlan, module: fx.GraphModule) -> None:
+    """The one-shot repair where the sequential form treats all consumers."""
 
 
 class Recorded:
@@ -134,6 +141,10 @@ class Recorded:
 
     def reach(self, name: str) -> None:
         """Nothing has to run."""
+
+    def join(self, inputs: tuple[Any, ...]) -> None:
+        """Raises InternalError: what is recorded is complete."""
+        raise InternalError("a recorded model takes no further inputs")
 
     def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
         """What enters ``consumer`` in the original. Raises Cannot."""

@@ -127,12 +127,12 @@ def _pieces(inputs: Sequence[tuple[Any, ...]], held_out: Iterable[Any] | None) -
 
     Without ``held_out`` the last quarter of the samples is fold 1.
     """
-    fitted = [p for batch in inputs for p in _split(batch)]
+    fitted = [p for batch in inputs for p in in_pieces(batch)]
     if held_out is None:
         first = len(fitted) - len(fitted) // HELD_OUT
         fitted, chosen = fitted[:first], fitted[first:]
     else:
-        chosen = [p for batch in some(held_out, MAX_SAMPLES) for p in _split(batch)]
+        chosen = [p for batch in some(held_out, MAX_SAMPLES) for p in in_pieces(batch)]
     at = [(i + 0.5) / len(fitted) for i in range(len(fitted))]
     at += [(i + 1.0) / len(chosen) for i in range(len(chosen))]
     folds = [0] * len(fitted) + [1] * len(chosen)
@@ -140,7 +140,7 @@ def _pieces(inputs: Sequence[tuple[Any, ...]], held_out: Iterable[Any] | None) -
     return [Piece((fitted + chosen)[i], folds[i]) for i in order]
 
 
-def _split(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def in_pieces(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """A batch as batches of at most PIECE samples."""
     samples = samples_of(batch)
     if samples <= PIECE or not divisible(batch):

@@ -48,7 +48,7 @@ def test_equals_the_plain_loop(name: str) -> None:
     traced = trace(randomise(case.build().double()).eval(), case.example())
     seen, held = [case.example(1, 6), case.example(2, 6)], [case.example(3, 4)]
     once = LeastSquares(traced, observe(traced, seen))
-    replay = Replay(traced, seen, held, once)
+    replay = Replay(traced, seen, held, once.only)
     plans = [random_plan(traced, seed) for seed in range(3)]
     plans += [part(plans[0], 0.5), part(plans[0], 0.8)]
     wanted = [plain(traced, once, p, seen, held) for p in plans]
@@ -82,7 +82,7 @@ def made(max_bytes: int = 1 << 30) -> tuple[Traced, LeastSquares, Replay, Any, A
     g = torch.Generator().manual_seed(1)
     seen, held = torch.randn(2, 20, 3, 8, 8, generator=g, dtype=torch.float64).unbind()
     once = LeastSquares(traced, observe(traced, [seen]))
-    return traced, once, Replay(traced, [seen], [held], once, max_bytes=max_bytes), seen, held
+    return traced, once, Replay(traced, [seen], [held], once.only, max_bytes=max_bytes), seen, held
 
 
 def test_what_lies_in_front_of_the_first_change_does_not_run_again(

@@ -15,19 +15,10 @@ from concurrent.futures import BrokenExecutor
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from fxprune.allocate.journal import Journal
 from fxprune.allocate.problem import AllocationProblem
 from fxprune.allocate.space import Space
+from fxprune.progress import bar
 from fxprune.types import IntArray, PrunePlan
 
 
@@ -54,9 +45,10 @@ class Memory:
         )
         self._begin = time.monotonic() - (self._journal.seconds if self._journal else 0.0)
         self._expired = False
-        self._bar = _bar(problem.progress)
+        self._best = math.inf
+        self._bar = bar(problem.progress)
         self._task = self._bar.add_task(
-            f"{name} search ({_budget(space)})", total=self.limit, fitness="-", best="-"
+            f"{name} search ({_budget(space)})", total=self.limit, note="no fitness yet"
         )
 
     def __enter__(self) -> Memory:
@@ -175,14 +167,15 @@ class Memory:
                 "accepted": False,
             }
         )
-        self._bar.update(self._task, advance=1, fitness=f"{value:.4g}")
+        self._bar.update(self._task, advance=1, note=f"fitness {value:.4g}, best {self._best:.4g}")
 
     def accept(self, state: IntArray) -> None:
         """The search moved to this state, which has been evaluated."""
         self.trace[self._number[key(state)]]["accepted"] = True
         if self._journal is not None:
             self._journal.add("accepted", tuple(self._counts(state)))
-        self._bar.update(self._task, best=f"{self._known[key(state)]:.4g}")
+        self._best = self._known[key(state)]
+        self._bar.update(self._task, note=f"fitness {self._best:.4g}, best {self._best:.4g}")
 
 
 def key(state: IntArray) -> tuple[int, ...]:
@@ -209,17 +202,3 @@ def _header(space: Space, problem: AllocationProblem, name: str) -> dict[str, An
         "seed": problem.seed,
         "groups": names,
     }
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("fitness {task.fields[fitness]}, best {task.fields[best]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
