@@ -43,7 +43,8 @@ class TraceableAttention(nn.Module):
     def replaces(module: nn.Module) -> bool:
         """Whether ``module`` is an attention that this class computes."""
         return (
-            type(module) is nn.MultiheadAttention
+            isinstance(module, nn.MultiheadAttention)
+            and type(module).forward is nn.MultiheadAttention.forward
             and module.bias_k is None
             and module.bias_v is None
             and not module.add_zero_attn

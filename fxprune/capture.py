@@ -18,8 +18,11 @@ from fxprune.inputs import Inputs
 from fxprune.products import evaluating
 from fxprune.rephrase import rephrase
 from fxprune.tracing import ConcreteTracer
+from fxprune.trees import reachable
 from fxprune.values import IN_PLACE
-from fxprune.whole import Whole
+from fxprune.whole import Whole, WholeModel
+
+_HOLDERS = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,15 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
     Buffers are copied: a forward that writes to them must not change the user's.
     """
-    base = copied(model, {id(t): t for t in model.parameters()})
+    memo: dict[int, Any] = {id(t): t for t in model.parameters()}
+    for m in model.modules():  # results that a module keeps cannot be copied otherwise
+        for v in reachable([v for k, v in vars(m).items() if k not in _HOLDERS]):
+            if isinstance(v, Tensor) and not v.is_leaf:
+                memo[id(v)] = v.detach().clone()
+    base = copied(model, memo)
+    if TraceableAttention.replaces(base):
+        assert isinstance(base, nn.MultiheadAttention)
+        base = TraceableAttention(base)
     for path, module in list(base.named_modules()):
         if path and TraceableAttention.replaces(module):
             parent, _, name = path.rpartition(".")
@@ -98,7 +109,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     rng = torch.get_rng_state()
     try:
         with evaluating(base):
-            graph = _trace(base, inputs, whole)
+            graph = _trace(base, inputs, whole) or WholeModel(base, inputs).graph()
     finally:
         torch.set_rng_state(rng)
     rephrase(graph)
@@ -107,23 +118,23 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     graph.eliminate_dead_code(lambda n: _impure(n, base))
     gm = fx.GraphModule(base, graph, type(model).__name__)
     gm.eval()
-    return Captured(gm, base, inputs, whole.modules | whole.named_functions())
+    return Captured(gm, base, inputs, whole.reasons())
 
 
-def _trace(base: nn.Module, inputs: Inputs, whole: Whole) -> fx.Graph:
-    """The graph; what cannot be recorded is added to ``whole``, the smallest part first."""
+def _trace(base: nn.Module, inputs: Inputs, whole: Whole) -> fx.Graph | None:
+    """The graph; what cannot be recorded is added to ``whole``, the smallest part first.
+
+    None where that is the whole model.
+    """
     while True:
         tracer = ConcreteTracer(inputs, whole)
         try:
             with state_kept(base):
                 return tracer.trace(base)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - user code may raise anything; it is kept
             _check_runs(base, inputs)
             if not whole.blame(error, tracer.failed):
-                raise ModelError(
-                    f"{type(base).__name__}.forward cannot be traced: {type(error).__name__}: "
-                    f"{error}. Move control flow on data into a submodule; it is then kept whole"
-                ) from error
+                return None
 
 
 def _check_runs(base: nn.Module, inputs: Inputs) -> None:

@@ -7,7 +7,7 @@ they are containers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -48,23 +48,25 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     return pytree.tree_map(one, value)
 
 
-def holds(value: Any, wanted: Callable[[Any], bool], depth: int = 6) -> bool:
-    """Whether ``value`` is or contains, also in the attributes of objects, something wanted."""
+def reachable(value: Any, depth: int = 6) -> Iterator[Any]:
+    """``value`` and what it contains, also in the attributes of objects."""
     seen: set[int] = set()
 
-    def look(v: Any, left: int) -> bool:
-        if wanted(v):
-            return True
+    def walk(v: Any, left: int) -> Iterator[Any]:
+        yield v
         if left == 0 or id(v) in seen or isinstance(v, (str, bytes, int, float, type, Tensor)):
-            return False
+            return
         seen.add(id(v))
-        if isinstance(v, dict):
+        if isinstance(v, Mapping):
             inner = [*v.values()]
-        elif isinstance(v, (list, tuple, set, frozenset)):
-            inner = [*v]
         else:
-            inner = []
-        inner += [*getattr(v, "__dict__", {}).values()]
-        return any(look(i, left - 1) for i in inner)
+            inner = [*v] if isinstance(v, (list, tuple, set, frozenset)) else []
+        for i in [*inner, *getattr(v, "__dict__", {}).values()]:
+            yield from walk(i, left - 1)
 
-    return look(value, depth)
+    return walk(value, depth)
+
+
+def holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
+    """Whether ``value`` is or contains, also in the attributes of objects, something wanted."""
+    return any(wanted(v) for v in reachable(value))

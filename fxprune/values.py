@@ -18,6 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
+# What neither cutting nor other data changes is a plain value for Python.
+_FORM = (
+    "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "is_meta", "is_nested",
+    "requires_grad", "itemsize",
+)  # fmt: skip
+_FORM_CALLS = (
+    "dim", "ndimension", "is_floating_point", "is_complex", "element_size", "is_signed",
+)  # fmt: skip
 # Calls whose result has an extent that depends on data.
 FOLLOW_DATA = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms")
 # Calls that give Python the data of a tensor.
@@ -38,6 +46,8 @@ class Value(fx.Proxy):
             return False
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in _FORM and isinstance(self.value, Tensor):
+            return getattr(self.value, name)
         if self.__dict__.get("attr") == "device":  # x.device.type is a string for Python alone
             return getattr(self.value, name)
         return Attribute(self, name)
@@ -59,6 +69,8 @@ class Value(fx.Proxy):
         return any(bool(item == part) for part in self)
 
     def __hash__(self) -> int:
+        if isinstance(self.value, (tuple, list)):  # caches that live on must not hold it
+            raise TypeError("a traced shape is not hashable")
         return id(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -110,6 +122,8 @@ class Attribute(Value):
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr in _FORM_CALLS and not args and isinstance(self.root.value, Tensor):
+            return self.value()
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
@@ -135,6 +149,8 @@ def varies(node: fx.Node) -> bool:
 def follows_data(node: fx.Node) -> bool:
     """Whether the size of a node's value, or the number that it is, comes from data."""
     name = named(node)
+    if name in _FORM_CALLS or (name == "getattr" and node.args[1] in ("device", "dtype")):
+        return False
     if name == "getitem" and len(node.args) > 1:
         listed = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         masks = [i.meta.get("value") for i in listed if isinstance(i, fx.Node)]

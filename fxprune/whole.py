@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ from types import FrameType, FunctionType, TracebackType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.inputs import Inputs
 
 CONSTANT = "_tensor_constant"
 """How the names of attributes begin that a tracer adds to the root."""
@@ -27,6 +31,13 @@ class Whole:
 
     modules: dict[str, str] = field(default_factory=dict)
     functions: dict[Callable[..., Any], str] = field(default_factory=dict)
+    model: str | None = None  # the reason, where all of it stays whole
+
+    def reasons(self) -> dict[str, str]:
+        """Path of a module, or name of a function with (), or "forward" for all -> reason."""
+        if self.model is not None:
+            return {"forward": self.model}
+        return self.modules | {f"{f.__name__}()": r for f, r in self.functions.items()}
 
     def blame(self, error: Exception, failed: tuple[str, Exception] | None) -> bool:
         """Add the smallest part in which ``error`` arose; False when there is none left.
@@ -41,12 +52,10 @@ class Whole:
                 self.functions[function] = reason
                 return True
         if failed is None or failed[0] in ("", *self.modules):
+            self.model = reason
             return False
         self.modules[failed[0]] = reason
         return True
-
-    def named_functions(self) -> dict[str, str]:
-        return {f"{f.__name__}()": reason for f, reason in self.functions.items()}
 
 
 def _called(error: Exception) -> Iterator[FunctionType]:
@@ -62,7 +71,7 @@ def _called(error: Exception) -> Iterator[FunctionType]:
     for frame in reversed(frames):
         found = frame.f_globals.get(frame.f_code.co_name)
         own = str(frame.f_globals.get("__name__", "")).split(".")
-        if own[0] == "fxprune" or own[:2] in (["torch", "fx"], ["torch", "nn"]):
+        if own[0] in ("fxprune", "torch"):
             continue
         if isinstance(found, FunctionType) and inspect.unwrap(found).__code__ is frame.f_code:
             yield found
@@ -82,6 +91,38 @@ class KeptWhole:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+class WholeModel(KeptWhole):
+    """A whole model as one function of its parameters, its buffers and its inputs."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__(model.forward)
+        self.__name__ = self.__qualname__ = f"whole_{type(model).__name__}"
+        self.model, self.inputs = model, inputs
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.names = tuple(name for name, _ in tensors)
+        self.lock = threading.Lock()  # the tensors take their places in the one model in turn
+
+    def __call__(self, *args: Any) -> Any:
+        """args: a tensor for each of ``names``, then the inputs."""
+        count = len(self.names)
+        given = dict(zip(self.names, args[:count], strict=True))
+        values, named = args[count:], dict[str, Any]()
+        if self.inputs.names is not None:
+            values, named = (), dict(zip(self.inputs.names, values, strict=True))
+        with self.lock:
+            return functional_call(self.model, given, values, named)
+
+    def graph(self) -> fx.Graph:
+        """Placeholders, tensors, one call."""
+        graph = fx.Graph()
+        values = self.inputs.values
+        names = self.inputs.names or [f"input_{i}" for i in range(len(values))]
+        given = [graph.placeholder(name) for name in names]
+        tensors = [graph.get_attr(name) for name in self.names]
+        graph.output(graph.call_function(self, (*tensors, *given)))
+        return graph
 
 
 class DataDependence(TorchDispatchMode):

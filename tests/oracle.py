@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.traced import Traced
+from fxprune.trees import tensors
 from fxprune.types import PrunePlan
 
 
@@ -126,8 +126,8 @@ def masked_original(traced: Traced, plan: PrunePlan) -> Any:
 
 def relative_error(expected: Any, actual: Any) -> float:
     """max |expected - actual| / max |expected|, the worst of all floating tensors."""
-    a = [t for t in tree_leaves(expected) if isinstance(t, Tensor) and t.is_floating_point()]
-    b = [t for t in tree_leaves(actual) if isinstance(t, Tensor) and t.is_floating_point()]
+    a = [t for t in tensors(expected) if t.is_floating_point()]
+    b = [t for t in tensors(actual) if t.is_floating_point()]
     assert len(a) == len(b) > 0, f"{len(a)} tensors expected, {len(b)} came"
     worst = 0.0
     for x, y in zip(a, b, strict=True):

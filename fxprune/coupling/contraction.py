@@ -139,6 +139,8 @@ def _masked(labels: Labels, mask: Tensor, scores: Fields) -> None:
 @product("aten.convolution")
 def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     x, w, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+    if labels.opaque and groups > 1:
+        labels.lock_all([x, w], "grouped convolution inside an opaque module")
     for f in labels.of(w):
         if varying(f) - {0, 1}:
             labels.lock(f, "kernel position")

@@ -152,6 +152,8 @@ def _layer_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out
 def _group_norm(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     x, weight, bias = args[0], args[1], args[2]
     groups = args[6] if "native" in str(func.overloadpacket) else args[1]
+    if labels.opaque:
+        labels.lock_all([x], "normalised inside an opaque module")
     meet_along(labels, x, [weight, bias], 1, out)
     for f in labels.of(x):
         if 1 not in varying(f):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +101,65 @@ class _Composites(TorchFunctionMode):
         return out
 
 
+class _Shape(tuple[int, ...]):
+    """A shape that notes which of its dims Python asks for."""
+
+    note: Callable[[Iterable[int]], None]
+
+    def __getitem__(self, at: Any) -> Any:
+        found = range(len(self))[at]
+        self.note([found] if isinstance(found, int) else found)
+        return super().__getitem__(at)
+
+    def __iter__(self) -> Iterator[int]:
+        self.note(range(len(self)))
+        return super().__iter__()
+
+    def numel(self) -> int:
+        return math.prod(self)
+
+
+class SizesRead(TorchFunctionMode):
+    """Inside a part that is kept whole, channel dims whose size Python reads are locked.
+
+    What it makes of the number (a scale, say) would change with the channels.
+    """
+
+    def __init__(self, labels: Labels) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+            name = "size"
+        if name in ("numel", "nelement"):
+            self._read(args[0], range(args[0].dim()))
+        elif name == "__len__":
+            self._read(args[0], [0])
+        elif name == "size" and isinstance(out, torch.Size):
+            shape = _Shape(out)
+            shape.note = functools.partial(self._read, args[0])
+            return shape
+        elif name == "size":
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            self._read(args[0], [dim % args[0].dim()])
+        return out
+
+    def _read(self, t: Tensor, dims: Iterable[int]) -> None:
+        wanted = frozenset(dims)
+        for f in self.labels.of(t):
+            if varying(f) & wanted:
+                self.labels.lock(f, "its size is read inside a part that is kept whole")
+
+
 # Calls whose sizes are arguments in the graph: their extent follows whatever they meet.
 CREATORS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+
+# Functions of torch that are one call and keep sizes as numbers inside.
+COMPOSITES = ("multi_head_attention_forward",)
 
 EXPANDERS = (
     "expand", "expand_as", "broadcast_to", "matmul", "einsum", "scaled_dot_product_attention",
@@ -117,21 +176,26 @@ class _LabelInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.mode.node, self.mode.count = n.name, 0
         self.labels.where = f"{n.name} ({n.target})" if n.op == "call_module" else n.name
-        self.labels.opaque = isinstance(n.target, KeptWhole) or (
-            n.op == "call_module" and not is_leaf(self.submodules[str(n.target)])
-        )
+        self.labels.opaque = self._is_opaque(n)
         self.labels.literal = n.op != "call_module" and _addresses_literally(n)
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.expands = n.op != "call_module" and _expands(n)
-        with self.composites:
+        with SizesRead(self.labels) if self.labels.opaque else self.composites:
             result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
             self.labels.created(result)
         self.values[n.name] = self._traits(result)
         if n.op == "output":
             self.labels.where = ""
-            self.labels.lock_all(trees.tensors(result), "model output")
+            hidden = (t for t in trees.reachable(result) if isinstance(t, Tensor))
+            self.labels.lock_all([*trees.tensors(result), *hidden], "model output")
         return result
+
+    def _is_opaque(self, n: fx.Node) -> bool:
+        """Whether what a node does inside is out of reach of rewriting."""
+        if n.op == "call_module":
+            return not is_leaf(self.submodules[str(n.target)])
+        return isinstance(n.target, KeptWhole) or call_name(n) in COMPOSITES
 
     def _traits(self, value: Any) -> Any:
         def one(t: Tensor) -> Traits:
