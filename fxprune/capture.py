@@ -75,7 +75,8 @@ def state_kept(module: nn.Module) -> Iterator[None]:
     What the tracer itself adds (tensors that are constants of the graph) stays.
     """
     internal = nn.Module().__dict__
-    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in module.modules()]
+    ours = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    held = [(m, dict(m.__dict__), dict(m._buffers)) for m in ours]
     values = {id(t): t.clone() for _, _, own in held for t in own.values() if t is not None}
     containers = [
         (v, copy.copy(v))

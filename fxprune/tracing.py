@@ -70,6 +70,8 @@ class ConcreteTracer(fx.Tracer):
     # -- what becomes a node ------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, torch.jit.ScriptModule):
+            self.whole.modules.setdefault(module_qualified_name, "a scripted module")
         if module_qualified_name in self.whole.modules:
             return True
         changed = hasattr(m, "parametrizations") or m._forward_hooks or m._forward_pre_hooks

@@ -58,10 +58,11 @@ class Whole:
         return True
 
 
-def _called(error: Exception) -> Iterator[FunctionType]:
+def _called(error: Exception) -> Iterator[Callable[..., Any]]:
     """The plain functions that were running when ``error`` arose, the innermost first.
 
-    Only those of the innermost module, and none of the tracer's own.
+    Only those of the innermost module, and none of the tracer's own. Before each come the scripted
+    functions that it names: they take no traced values, and leave no frame.
     """
     frames: list[FrameType] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -73,6 +74,8 @@ def _called(error: Exception) -> Iterator[FunctionType]:
         own = str(frame.f_globals.get("__name__", "")).split(".")
         if own[0] in ("fxprune", "torch"):
             continue
+        names = (frame.f_globals.get(name) for name in frame.f_code.co_names)
+        yield from (f for f in names if isinstance(f, torch.jit.ScriptFunction))
         if isinstance(found, FunctionType) and inspect.unwrap(found).__code__ is frame.f_code:
             yield found
 

@@ -244,9 +244,12 @@ def label_run(captured: Captured) -> Run:
     parameters: dict[str, Traits] = {}
     tensors = tensors_of(gm)
     names = {storage_key(t): name for name, t in reversed(tensors)}  # the first name of tied ones
+    scripted = tuple(
+        f"{path}." for path, m in gm.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    )
     for name, t in tensors:
         learnable = isinstance(t, torch.nn.Parameter)
-        if t.is_floating_point():
+        if t.is_floating_point() and not (scripted and name.startswith(scripted)):
             labels.parameter(t, vanishing=learnable)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     for name, t in tensors_of(captured.base):  # those that forward does not use
