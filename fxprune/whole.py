@@ -37,7 +37,7 @@ class Whole:
         """Path of a module, or name of a function with (), or "forward" for all -> reason."""
         if self.model is not None:
             return {"forward": self.model}
-        return self.modules | {f"{f.__name__}()": r for f, r in self.functions.items()}
+        return self.modules | {f"{_name(f)}()": r for f, r in self.functions.items()}
 
     def blame(self, error: Exception, failed: tuple[str, Exception] | None) -> bool:
         """Add the smallest part in which ``error`` arose; False when there is none left.
@@ -80,6 +80,13 @@ def _called(error: Exception) -> Iterator[Callable[..., Any]]:
             yield found
 
 
+def _name(function: Callable[..., Any]) -> str:
+    named: Any = function
+    if isinstance(named, torch.jit.ScriptFunction):
+        return str(named.name)
+    return str(getattr(named, "__name__", "function"))
+
+
 _TRACER = "fxprune.tracing"
 
 
@@ -88,7 +95,7 @@ class KeptWhole:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.__name__ = getattr(function, "__name__", "function")
+        self.__name__ = _name(function)
         self.__qualname__ = self.__name__
         self.__module__ = __name__
 

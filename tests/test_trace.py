@@ -141,16 +141,6 @@ def test_wrong_shape_names_shape_and_cure() -> None:
         trace(Net(), torch.zeros(2, 5, 8, 8))
 
 
-def test_control_flow_in_the_root_says_what_to_do() -> None:
-    class Root(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x if x.sum() > 0 else -x)
-
-    with pytest.raises(ModelError, match="control flow") as error:
-        trace(Root(), images())
-    assert "submodule" in str(error.value)
-
-
 def test_opaque_part_is_named_with_its_reason() -> None:
     traced = trace(ControlFlowOnData(), images())
     assert set(traced.captured.opaque) == {"choice"}
