@@ -1,14 +1,14 @@
 """Accuracy without fine-tuning: criteria x allocations x repairs, on nets trained by this script.
 
     python benchmarks/quality.py --quick                 digits, a few minutes
-    python benchmarks/quality.py                         Fashion-MNIST, hours on one core
-    python benchmarks/quality.py --nets vgg --budgets 0.3 --markdown docs/quality.part.md
+    python benchmarks/quality.py                         Fashion-MNIST, many hours on one core
+    python benchmarks/quality.py --nets vgg --budgets 0.3 --minutes 30
+    python benchmarks/quality_table.py --markdown tables.md --plots docs
 
 Fashion-MNIST is read from Debian's package dataset-fashion-mnist, or downloaded by torchvision.
-Trained weights and results are kept in ``--cache`` (default ~/.cache/fxprune/quality); a run that
-was broken off goes on where it was.
-
-Legend for shapes: N images, C channels, H x W pixels.
+Trained weights and results are kept in ``--cache`` (default ~/.cache/fxprune/quality), one JSON
+line for each cell: a run that was broken off goes on where it was. The cells that say most come
+first; ``--minutes`` ends the run.
 """
 
 from __future__ import annotations
@@ -17,274 +17,183 @@ import argparse
 import copy
 import json
 import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import nets
 import numpy as np
 import torch
 import torch_pruning as tp
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune import allocate, criteria
 from fxprune.allocate import AllocationProblem
 from fxprune.cut import cut
-from fxprune.data import load_data
-from fxprune.fitness import KLFitness
-from fxprune.observe import observe
+from fxprune.fitness import KLFitness, ReplayFitness
+from fxprune.observe import Statistics, observe
 from fxprune.repair import LeastSquares, repair_bn
-from fxprune.sequential import repair_sequential
+from fxprune.replay import Replay
+from fxprune.sequential import best_form
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, PrunePlan
 
-# --- nets -------------------------------------------------------------------------------------
-
-
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution without a bias, and batch normalisation."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
-
-
-def head(channels: int) -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
-
-
-def vgg() -> nn.Module:
-    """3x3 convolutions 32-32-pool-64-64-pool-128-128, global average, linear."""
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate([(1, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128)]):
-        layers += [nn.MaxPool2d(2)] if i in (2, 4) else []
-        layers += [conv(a, b, 3), nn.ReLU()]
-    return nn.Sequential(*layers, *head(128))
-
-
-class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first, self.second = conv(inputs, outputs, 3, stride), conv(outputs, outputs, 3)
-        same = inputs == outputs
-        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
-
-
-def resnet20() -> nn.Module:
-    layers: list[nn.Module] = [conv(1, 16, 3), nn.ReLU()]
-    for a, b in [(16, 16), (16, 32), (32, 64)]:
-        layers += [Residual(a if i == 0 else b, b, 2 if i == 0 < b - a else 1) for i in range(3)]
-    return nn.Sequential(*layers, *head(64))
-
-
-class Inverted(nn.Module):
-    """Expansion, depthwise, projection; a shortcut where the shape stays."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
-        super().__init__()
-        wide = inputs * expand
-        self.expand, self.project = conv(inputs, wide, 1), conv(wide, outputs, 1)
-        self.depth = conv(wide, wide, 3, stride, wide)
-        self.same = inputs == outputs and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.project(F.relu6(self.depth(F.relu6(self.expand(x)))))
-        return x + y if self.same else y
-
-
-def mobilenet() -> nn.Module:
-    layers: list[nn.Module] = [conv(1, 16, 3, 2), nn.ReLU6()]
-    plan = [(16, 16, 1), (16, 24, 1), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 64, 1)]
-    layers += [Inverted(a, b, s, 4) for a, b, s in plan]
-    return nn.Sequential(*layers, conv(64, 160, 1), nn.ReLU6(), *head(160))
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "vgg": vgg, "resnet20": resnet20, "mobilenet": mobilenet,
-}  # fmt: skip
-
-
-# --- training ---------------------------------------------------------------------------------
-
-
-def images_of(spec: str, train: bool) -> tuple[Tensor, Tensor]:
-    """All images [N, 1, H, W], normalised, and labels [N]."""
-    size = 8 if spec == "digits" else 28
-    batches = load_data(spec, torch.zeros(1, 1, size, size), train=train, batch_size=4096)
-    assert batches is not None
-    xs, ys = zip(*batches, strict=True)
-    return torch.cat(xs), torch.cat(ys)
-
-
-def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, flip: bool, rate: float) -> None:
-    """SGD with one cycle of the learning rate; shifts of 2 pixels, mirrored where ``flip``."""
-    net.train()
-    net.to(memory_format=torch.channels_last)
-    size = 128 if len(x) > 5000 else 64
-    steps = epochs * (len(x) // size)
-    optimizer = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.25)
-    height, width = x.shape[2:]
-    reach = max(1, height // 14)
-    for _ in range(epochs):
-        order = torch.randperm(len(x))
-        for part in order[: len(x) // size * size].split(size):
-            a, b = torch.randint(0, 2 * reach + 1, (2,)).tolist()
-            batch = F.pad(x[part], [reach] * 4, value=float(x.min()))
-            batch = batch[:, :, a : a + height, b : b + width]
-            if flip and torch.rand(()) < 0.5:
-                batch = batch.flip(3)
-            with torch.autocast("cpu", torch.bfloat16, enabled=len(x) > 5000):
-                out = net(batch.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(out.float(), y[part], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    net.to(memory_format=torch.contiguous_format).eval()
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent of ``x`` that get their label; eval mode."""
-    net.eval()
-    right = sum(
-        int((net(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True)
-    )
-    return 100 * right / len(x)
-
-
-def trained(name: str, spec: str, epochs: int, cache: Path, x: Tensor, y: Tensor) -> nn.Module:
-    """The net with trained weights, from the cache where they are there."""
-    torch.manual_seed(0)
-    net = NETS[name]()
-    file = cache / f"{name}-{spec}-{epochs}.safetensors"
-    if not file.exists():
-        start = time.perf_counter()
-        train(net, x, y, epochs, flip=spec != "digits", rate=0.05 if name == "mobilenet" else 0.1)
-        cache.mkdir(parents=True, exist_ok=True)
-        save_file(net.state_dict(), file)
-        print(f"{name}: {epochs} epochs in {time.perf_counter() - start:.0f} s", flush=True)
-    net.load_state_dict(load_file(file))
-    return net.eval()
-
-
-# --- recipes ----------------------------------------------------------------------------------
-
-CRITERIA = ("attention", "reconstruction", "l1", "l2", "random")
-ALLOCATIONS = ("uniform", "local")
-REPAIRS = ("none", "bn", "one-shot", "sequential")
+MAIN = ("attention", "reconstruction")  # criteria whose search comes early
+CRITERIA = (*MAIN, "l1", "random", "bn_scale", "fpgm", "taylor", "hessian", "lamp", "l2")
+ALLOCATIONS = ("uniform", "local", "isomorphic", "global")
+REPAIRS = ("lstsq", "one-shot", "bn", "none")
+BUDGETS = (0.5, 0.3, 0.7)
+SEEDS = (0, 1, 2)
+THEIRS = "Torch-Pruning"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One net on one data set, ready to be pruned.
+class Cell:
+    """One figure of the tables; ``seed`` chooses the calibration images."""
 
-    ``test``: images and labels; ``recipes``: criteria, allocations and repairs to be tried.
-    """
-
-    name: str
-    net: nn.Module
-    traced: Traced
-    seen: list[Any]
-    held_out: list[Any]
-    test: tuple[Tensor, Tensor]
-    evaluations: int
+    net: str
+    budget: float
     seed: int
-    recipes: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    criterion: str
+    allocation: str
+    repair: str
+
+    @property
+    def urgency(self) -> tuple[int, ...]:
+        """Sorts first what says most: first seed, 50% and 30%, uniform ratios, the search."""
+        searched = self.allocation == "local"
+        main = self.allocation == "uniform" or (searched and self.criterion in MAIN)
+        late = self.seed > 0 and (self.repair != "lstsq" or self.criterion not in (*MAIN, "l1"))
+        return (
+            int(late or not main),
+            int(self.seed > 0),
+            int(self.budget not in BUDGETS[:2]),
+            int(searched),
+        )
 
 
-Result = dict[str, Any]
+def cells(o: argparse.Namespace) -> list[Cell]:
+    """All cells that were asked for, the most urgent first; those of one plan together."""
+    found = [
+        Cell(net, budget, seed, criterion, allocation, repair)
+        for net in o.nets
+        for budget in o.budgets
+        for seed in o.seeds
+        for criterion in o.criteria
+        for allocation in o.allocations
+        for repair in o.repairs
+    ]
+    if 0 in o.seeds:
+        found += [
+            Cell(net, budget, 0, f"{THEIRS} {kind}", "uniform", "none")
+            for net in o.nets
+            for budget in o.budgets
+            for kind in IMPORTANCES
+        ]
+    return sorted(found, key=lambda c: c.urgency)
 
 
-def plans(
-    s: Setting, budget: float, wanted: dict[tuple[str, str], list[str]]
-) -> Iterator[tuple[str, str, PrunePlan, LeastSquares, float]]:
-    """(criterion, allocation, plan, one-shot repair, seconds for ranking and allocation).
+class Case:
+    """One net with its data and one seed's calibration images."""
 
-    The search's fitness is the divergence after the one-shot repair, whatever repair comes last.
-    """
-    for criterion in dict.fromkeys(c for c, _ in wanted):
-        chosen = criteria.get(criterion)
-        start = time.perf_counter()
-        statistics = observe(s.traced, s.seen, **criteria.observe_options(chosen))
-        scores = chosen(s.traced, statistics, np.random.default_rng(s.seed))
-        once = LeastSquares(s.traced, statistics)
-        ranked = time.perf_counter() - start
-        for allocation in (a for c, a in wanted if c == criterion):
+    def __init__(self, name: str, seed: int, o: argparse.Namespace) -> None:
+        self.name, self.seed, self.o = name, seed, o
+        x, y = nets.images_of(o.data, True)
+        test = nets.images_of(o.data, False)
+        self.test = test[0][: o.test], test[1][: o.test]
+        epochs = o.epochs or (nets.QUICK_EPOCHS if o.quick else nets.EPOCHS[name])
+        self.net = nets.trained(name, o.data, epochs, Path(o.cache), x, y)
+        first = seed * o.calibration % (len(x) - o.calibration)
+        chosen = slice(first, first + o.calibration)
+        parts = list(zip(x[chosen].split(64), y[chosen].split(64), strict=True))
+        held = max(1, len(parts) // 4)
+        self.labelled = parts[:-held]
+        self.seen = [x for x, _ in self.labelled]
+        self.held_out = [x for x, _ in parts[-held:]]
+        self.traced: Traced = trace(self.net, x[:2])
+        self.ranked: dict[str, tuple[Statistics, Any, float]] = {}
+
+    @cached_property
+    def accuracy(self) -> float:
+        return nets.accuracy(self.net, *self.test)
+
+    @cached_property
+    def once(self) -> LeastSquares:
+        return LeastSquares(self.traced, observe(self.traced, self.seen, gamma=0.0))
+
+    @cached_property
+    def fitness(self) -> KLFitness:
+        return KLFitness(self.traced, self.once, [(x,) for x in self.held_out])
+
+    @cached_property
+    def searched(self) -> ReplayFitness:
+        batches = [(x,) for x in self.seen], [(x,) for x in self.held_out]
+        return ReplayFitness(lambda: Replay(self.traced, *batches, self.once))
+
+    def scores(self, criterion: str) -> tuple[Any, float]:
+        """Scores, and seconds for observing and ranking."""
+        if criterion not in self.ranked:
             start = time.perf_counter()
-            fitness = KLFitness(s.traced, once, s.held_out)
-            problem = AllocationProblem(
-                s.traced,
-                scores,
-                Budget(macs=budget),
-                1,
-                s.seed,
-                fitness,
-                False,
-                s.evaluations,
-                None,
-            )
-            plan = allocate.get(allocation)(problem)
-            yield criterion, allocation, plan, once, ranked + time.perf_counter() - start
+            chosen = criteria.get(criterion)
+            options = criteria.observe_options(chosen)
+            statistics = observe(self.traced, [(x,) for x in self.seen], **options)
+            found = chosen(self.traced, statistics, np.random.default_rng(self.seed))
+            self.ranked[criterion] = statistics, found, time.perf_counter() - start
+        _, found, seconds = self.ranked[criterion]
+        return found, seconds
 
 
-def repaired(s: Setting, plan: PrunePlan, once: LeastSquares, repair: str) -> nn.Module:
-    module = cut(s.traced, plan)
+def plan_of(case: Case, cell: Cell) -> tuple[PrunePlan, float]:
+    """The plan of a cell, and seconds for ranking and allocation."""
+    scores, ranked = case.scores(cell.criterion)
+    start = time.perf_counter()
+    problem = AllocationProblem(
+        case.traced, scores, Budget(macs=cell.budget), case.o.round_to, cell.seed,
+        case.searched, False, case.o.evaluations, None,
+    )  # fmt: skip
+    plan = allocate.get(cell.allocation)(problem)
+    return plan, ranked + time.perf_counter() - start
+
+
+def repaired(case: Case, plan: PrunePlan, repair: str) -> nn.Module:
+    """The cut model after one of REPAIRS; ``lstsq`` is what prune() does."""
+    module = cut(case.traced, plan)
     if repair == "bn":
-        repair_bn(s.traced, plan, module, s.seen)
-    elif repair != "none":
-        once.apply(plan, module)
-        if repair == "sequential":
-            repair_sequential(s.traced, plan, module, s.seen)
+        repair_bn(case.traced, plan, module, case.seen)
+    elif repair == "one-shot":
+        case.once.apply(plan, module)
+    elif repair == "lstsq":
+        best_form(case.traced, plan, module, case.once, case.seen, case.fitness.of, case.held_out)
     return module
 
 
-def own_results(
-    s: Setting, budget: float, known: dict[str, Result]
-) -> Iterator[tuple[str, Result]]:
-    """(key, result) of every recipe of this library that is not known yet."""
-    some, allocations, repairs = s.recipes
-    every = {
-        (c, a): [r for r in repairs if key(s, budget, c, a, r) not in known]
-        for c in some
-        for a in allocations
+def own(case: Case, cell: Cell, plan: PrunePlan, seconds: float) -> dict[str, Any]:
+    start = time.perf_counter()
+    module = repaired(case, plan, cell.repair)
+    mending = time.perf_counter() - start
+    return {
+        "accuracy": nets.accuracy(module, *case.test),
+        "macs": case.traced.cost(plan).macs / case.traced.cost().macs,
+        "plan seconds": round(seconds, 2),
+        "repair seconds": round(mending, 2),
     }
-    wanted = {recipe: missing for recipe, missing in every.items() if missing}
-    for criterion, allocation, plan, once, seconds in plans(s, budget, wanted):
-        share = s.traced.cost(plan).macs / s.traced.cost().macs
-        for repair in wanted[criterion, allocation]:
-            start = time.perf_counter()
-            module = repaired(s, plan, once, repair)
-            mending = time.perf_counter() - start
-            yield (
-                key(s, budget, criterion, allocation, repair),
-                {
-                    "accuracy": accuracy(module, *s.test),
-                    "macs": share,
-                    "plan seconds": round(seconds, 2),
-                    "repair seconds": round(mending, 2),
-                },
-            )
-
-
-def key(s: Setting, budget: float, criterion: str, allocation: str, repair: str) -> str:
-    return f"{s.name}/{budget:g}/{s.seed}/{criterion}/{allocation}/{repair}"
 
 
 # --- Torch-Pruning ----------------------------------------------------------------------------
+
+IMPORTANCES: dict[str, Callable[[], Any]] = {
+    "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "BN scale": tp.importance.BNScaleImportance,
+    "Taylor": tp.importance.GroupTaylorImportance,
+}
 
 
 def macs_of(net: nn.Module, x: Tensor) -> int:
@@ -293,23 +202,21 @@ def macs_of(net: nn.Module, x: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def torch_pruned(s: Setting, budget: float, kind: str) -> tuple[nn.Module, float]:
+def torch_pruned(case: Case, budget: float, kind: str) -> tuple[nn.Module, float]:
     """Its own pruner at a uniform ratio, by bisection the largest net within the budget."""
-    x = s.test[0][:1]
-    whole = macs_of(s.net, x)
-    importances = {
-        "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "BN scale": tp.importance.BNScaleImportance,
-        "LAMP": lambda: tp.importance.LAMPImportance(p=2),
-    }
+    x = case.test[0][:1]
+    whole = macs_of(case.net, x)
     pruners = {"BN scale": tp.pruner.BNScalePruner}
-    low, high, best = 0.0, 0.98, (s.net, 1.0)
+    low, high, best = 0.0, 0.98, (case.net, 1.0)
     for _ in range(9):
         ratio = (low + high) / 2
-        net = copy.deepcopy(s.net)
+        net = copy.deepcopy(case.net)
+        if kind == "Taylor":
+            for images, labels in case.labelled:
+                nn.functional.cross_entropy(net(images), labels).backward()
         ignored = [m for m in net.modules() if isinstance(m, nn.Linear)]
         pruner = pruners.get(kind, tp.pruner.MagnitudePruner)
-        pruner(net, x, importances[kind](), pruning_ratio=ratio, ignored_layers=ignored).step()
+        pruner(net, x, IMPORTANCES[kind](), pruning_ratio=ratio, ignored_layers=ignored).step()
         share = macs_of(net, x) / whole
         if share <= budget:
             high = ratio
@@ -319,108 +226,90 @@ def torch_pruned(s: Setting, budget: float, kind: str) -> tuple[nn.Module, float
     return best
 
 
-def their_results(
-    s: Setting, budget: float, known: dict[str, Result]
-) -> Iterator[tuple[str, Result]]:
-    for kind in ("magnitude", "BN scale", "LAMP"):
-        name = key(s, budget, f"Torch-Pruning {kind}", "uniform", "none")
-        if name not in known:
-            net, share = torch_pruned(s, budget, kind)
-            yield name, {"accuracy": accuracy(net, *s.test), "macs": share}
-
-
-# --- tables -----------------------------------------------------------------------------------
-
-
-def tables(results: dict[str, Result]) -> str:
-    """Markdown: for each net and budget, recipes down and repairs across."""
-    lines: list[str] = []
-    heads = list(dict.fromkeys(tuple(k.split("/")[:3]) for k in results if k.count("/") == 5))
-    for net, budget, seed in sorted(heads, key=lambda h: (h[0] != "vgg", h[0], -float(h[1]))):
-        start = f"{net}/{budget}/{seed}/"
-        rows = {k.removeprefix(start): v for k, v in results.items() if k.startswith(start)}
-        whole = results.get(net, {}).get("accuracy", float("nan"))
-        lines += [f"### {net} at {float(budget):.0%} of the MACs (original {whole:.1f})", ""]
-        lines += ["| ranking | allocation | cut only | bn | one-shot | sequential | MACs |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for name in dict.fromkeys(r.rpartition("/")[0] for r in rows):
-            cells = [rows.get(f"{name}/{r}") for r in REPAIRS]
-            share = next(c["macs"] for c in cells if c)
-            shown = " | ".join(f"{c['accuracy']:.1f}" if c else "-" for c in cells)
-            lines.append(f"| {name.replace('/', ' | ')} | {shown} | {share:.1%} |")
-        lines.append("")
-    return "\n".join(lines)
+def theirs(case: Case, cell: Cell) -> dict[str, Any]:
+    start = time.perf_counter()
+    net, share = torch_pruned(case, cell.budget, cell.criterion.removeprefix(f"{THEIRS} "))
+    seconds = round(time.perf_counter() - start, 2)
+    return {"accuracy": nets.accuracy(net, *case.test), "macs": share, "plan seconds": seconds}
 
 
 # --- the run ----------------------------------------------------------------------------------
 
 
-def setting(name: str, o: argparse.Namespace) -> tuple[Setting, float]:
-    """A trained net with its data, and its accuracy."""
-    x, y = images_of(o.data, True)
-    test = images_of(o.data, False)
-    net = trained(name, o.data, o.epochs, Path(o.cache), x, y)
-    batches = list(x[: o.calibration].split(64))
-    held = max(1, len(batches) // 4)
-    seen, held_out = batches[:-held], batches[-held:]
-    traced = trace(net, x[:2])
-    recipes = (tuple(o.criteria), tuple(o.allocations), tuple(o.repairs))
-    s = Setting(name, net, traced, seen, held_out, test, o.evaluations, o.seed, recipes)
-    return s, accuracy(net, *test)
+def results_file(o: argparse.Namespace) -> Path:
+    """Where results are kept; other settings, another file."""
+    settings = f"{o.calibration}-{o.evaluations}-{o.round_to}-{o.test}"
+    return Path(o.cache) / f"cells-{o.data}-{settings}.jsonl"
 
 
-def results_file(name: str, o: argparse.Namespace) -> Path:
-    """Where the results of a net are kept; other settings, another file."""
-    settings = f"{o.epochs}-{o.calibration}-{o.evaluations}"
-    return Path(o.cache) / f"results-{o.data}-{name}-{settings}.json"
+def known(file: Path) -> dict[Cell, dict[str, Any]]:
+    """The cells of a results file with their figures; later lines win."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = {}
+    for line in lines:
+        record = json.loads(line)
+        found[Cell(**record.pop("cell"))] = record
+    return found
 
 
-def run(o: argparse.Namespace) -> None:
-    """Every recipe that is not in the results file yet; prints each as it is known."""
-    for name in o.nets:
-        file = results_file(name, o)
-        results: dict[str, Result] = json.loads(file.read_text()) if file.exists() else {}
-        s, whole = setting(name, o)
-        results[name] = {"accuracy": whole}
-        print(f"{name}: {whole:.2f}", flush=True)
-        for budget in o.budgets:
-            for work in (their_results, own_results):
-                for found, result in work(s, budget, results):
-                    results[found] = result
-                    file.write_text(json.dumps(results, indent=1))
-                    print(f"{found}: {result['accuracy']:.2f}", flush=True)
+def run(o: argparse.Namespace) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Every cell that is not known yet, with its figures, as it becomes known."""
+    done = known(results_file(o))
+    cases: dict[tuple[str, int], Case] = {}
+    plans: dict[tuple[Any, ...], tuple[PrunePlan, float]] = {}
+    end = time.perf_counter() + 60 * o.minutes
+    for cell in cells(o):
+        if cell in done or time.perf_counter() > end:
+            continue
+        at = cell.net, cell.seed
+        if at not in cases:
+            cases[at] = Case(*at, o)
+            whole = Cell(cell.net, 1.0, cell.seed, "original", "-", "-")
+            yield whole, {"accuracy": cases[at].accuracy, "macs": 1.0}
+        if cell.criterion.startswith(THEIRS):
+            yield cell, theirs(cases[at], cell)
+            continue
+        key = (*at, cell.budget, cell.criterion, cell.allocation)
+        if key not in plans:
+            plans[key] = plan_of(cases[at], cell)
+        yield cell, own(cases[at], cell, *plans[key])
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="digits instead of Fashion-MNIST")
+    parser.add_argument("--nets", nargs="+", choices=nets.NETS, default=list(nets.NETS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    some = [c for c in CRITERIA if c in criteria.names()]
+    parser.add_argument("--criteria", nargs="+", choices=criteria.names(), default=some)
+    parser.add_argument("--allocations", nargs="+", choices=allocate.names(), default=ALLOCATIONS)
+    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--epochs", type=int, help="of training; default: what nets.py says")
+    parser.add_argument("--evaluations", type=int, default=60, help="of the search")
+    parser.add_argument("--calibration", type=int, default=512, help="training images, no labels")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    parser.add_argument("--round-to", type=int, default=1, dest="round_to")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no cell after that")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/fxprune/quality"))
+    o = parser.parse_args(arguments)
+    o.data = "digits" if o.quick else "fashion-mnist"
+    return o
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="digits instead of Fashion-MNIST")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.3])
-    parser.add_argument("--criteria", nargs="+", choices=criteria.names(), default=CRITERIA)
-    parser.add_argument("--allocations", nargs="+", choices=allocate.names(), default=ALLOCATIONS)
-    parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=REPAIRS)
-    parser.add_argument("--epochs", type=int, help="of training; default 2, quick 24")
-    parser.add_argument("--evaluations", type=int, help="of the search; default 60, quick 20")
-    parser.add_argument("--calibration", type=int, default=512, help="training images, no labels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/fxprune/quality"))
-    parser.add_argument("--markdown", help="write the tables of all results to this file")
-    o = parser.parse_args()
-    o.data = "digits" if o.quick else "fashion-mnist"
-    o.epochs = o.epochs or (24 if o.quick else 2)
-    o.evaluations = o.evaluations or (20 if o.quick else 60)
+    o = options()
     torch.set_num_threads(o.threads)
     warnings.simplefilter("ignore", UserWarning)
-    run(o)
-    merged: dict[str, Result] = {}
-    for name in NETS:
-        file = results_file(name, o)
-        merged |= json.loads(file.read_text()) if file.exists() else {}
-    text = tables(merged)
-    print(f"\n{platform.machine()} {o.threads} thread(s), torch {torch.__version__}\n\n{text}")
-    if o.markdown:
-        Path(o.markdown).write_text(text)
+    file = results_file(o)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for cell, figures in run(o):
+        with file.open("a") as out:
+            out.write(json.dumps({"cell": asdict(cell), **figures}) + "\n")
+        name = " / ".join(str(v) for v in asdict(cell).values())
+        print(f"{name}: {figures['accuracy']:.2f}", flush=True)
+    print(f"results: {file}")
     return 0
 
 

@@ -9,7 +9,7 @@ summed in float64 (a float64 product takes 2 to 4 times as long).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fxprune.errors import DataError, InternalError
+from fxprune.gradients import ChannelGradients, GradientPass, Labelled
 from fxprune.inputs import samples_of
 from fxprune.moments import (
     MAX_VARIABLES,
@@ -56,7 +57,10 @@ class ConsumerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What :func:`observe` saw. ``notes``: what was left out, and why."""
+    """What :func:`observe` saw. ``notes``: what was left out, and why.
+
+    gradients: group name -> gradients along its channels, where they were asked for.
+    """
 
     inputs: Mapping[str, InputStatistics]
     consumers: Mapping[str, ConsumerStatistics]
@@ -65,6 +69,7 @@ class Statistics:
     p: float
     notes: tuple[str, ...] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    gradients: Mapping[str, ChannelGradients] | None = None
 
     def input_of(self, consumer: str) -> InputStatistics:
         """The statistics of what enters ``consumer`` (its key)."""
@@ -131,6 +136,7 @@ def observe(
     gamma: float = 1.0,
     p: float = 2.0,
     displacement: bool = True,
+    gradients: bool | Labelled = False,
     progress: bool = False,
 ) -> Statistics:
     """Run ``batches`` through the traced model once.
@@ -138,6 +144,8 @@ def observe(
     batches       each a tensor or a tuple of positional inputs, first dim the samples
     gamma, p      the attention weight of a position is F^gamma, F = sum_c |x_c|^p
     displacement  gather the displacement form too (a quarter more time)
+    gradients     gather :mod:`fxprune.gradients` in a pass forward and backward: of the original's
+                  own outputs, or of a loss on labelled batches
     progress      show a bar on stderr
 
     Positions are the spatial ones of a convolution's input, the tokens of a linear layer's (input
@@ -151,11 +159,19 @@ def observe(
         needed = needed_consumers(traced.groups, traced.consumers)
         run = _Pass(traced, needed, shared_inputs(traced, needed), gamma, p, displacement)
         console = Console(stderr=True)
+        slopes = GradientPass(traced) if gradients else None
         for batch in track(
             batches, "observe", console=console, disable=not progress, transient=True
         ):
-            run.feed(batch if isinstance(batch, tuple) else (batch,))
-    return run.result()
+            inputs = batch if isinstance(batch, tuple) else (batch,)
+            run.feed(inputs)
+            if slopes is not None and gradients is True:
+                slopes.feed(inputs)
+        if slopes is None:
+            return run.result()
+        if isinstance(gradients, Labelled):
+            slopes.feed_labelled(gradients)
+        return replace(run.result(), gradients=slopes.result())
 
 
 def shared_inputs(traced: Traced, needed: Mapping[str, Consumer]) -> dict[str, str]:

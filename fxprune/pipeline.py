@@ -89,7 +89,7 @@ def prune(
     budget: Budget | float = 0.5,
     data: Iterable[Any] | Tensor | None = None,
     *,
-    criterion: str | Criterion = "attention", allocation: str | Allocator = "local",
+    criterion: Any = "attention", allocation: str | Allocator = "local",
     repair: str | Distillation | None = "lstsq",
     evaluate: Callable[[Any], float] | None = None,
     exclude: Sequence[str] = (), round_to: int | str | None = None,
@@ -106,7 +106,7 @@ def prune(
     budget          a Budget, or the share of the MACs to keep, in (0, 1]
     data            calibration batches: inputs or (inputs, targets); None: random inputs, with a
                     warning (rankings and repair are then as good as random inputs are)
-    criterion       attention | reconstruction | l1 | l2 | random, or an object with the protocol
+    criterion       a name, a function or an object: see :mod:`fxprune.criteria`
     allocation      local | evolution | greedy | random (searches) | uniform | global | isomorphic,
                     or an object with the protocol
     repair          lstsq | distill | bn | None (cut only: then the result equals the masked
@@ -325,7 +325,7 @@ def _in_rounds(
 def _checked(
     model: Any,
     budget: Budget | float,
-    criterion: str | Criterion,
+    criterion: Any,
     allocation: str | Allocator,
     repair: str | Distillation | None,
     round_to: int | str | None,

@@ -24,6 +24,7 @@ ORDER = [
     # the stages on top of it
     *(
         "moments",
+        "gradients",
         "observe",
         "criteria",
         "renorm",

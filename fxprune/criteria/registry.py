@@ -37,6 +37,7 @@ class Criterion(Protocol):
 
 
 _MADE: dict[str, Callable[[], Criterion]] = {}
+_ADAPTORS: list[tuple[Callable[[Any], bool], Callable[[Any], Criterion]]] = []
 
 
 def register(name: str) -> Callable[[Callable[[], Criterion]], Callable[[], Criterion]]:
@@ -59,17 +60,29 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_MADE))
 
 
-def get(criterion: str | Criterion) -> Criterion:
-    """A criterion by name, or the object itself. Raises SpecError for anything else."""
+def adapt(fits: Callable[[Any], bool], make: Callable[[Any], Criterion]) -> None:
+    """Objects that ``fits`` says yes to become criteria by ``make``; earlier ones go first."""
+    _ADAPTORS.append((fits, make))
+
+
+def get(criterion: Any) -> Criterion:
+    """A criterion by name, the object itself, or what its adaptor makes of it.
+
+    Raises SpecError for anything else.
+    """
     if isinstance(criterion, str):
         if criterion not in _MADE:
             raise unknown("criterion", criterion, _MADE)
         return _MADE[criterion]()
     if isinstance(criterion, Criterion) and callable(criterion):
         return criterion
+    for fits, make in _ADAPTORS:
+        if not isinstance(criterion, type) and fits(criterion):
+            return make(criterion)
     raise SpecError(
-        f"expected the name of a criterion ({', '.join(names())}) or a callable with the attribute "
-        f"needs_data; got {type(criterion).__name__}"
+        f"expected the name of a criterion ({', '.join(names())}), a function of a group's "
+        "channels, a torch_pruning.importance object or an object with the protocol; got "
+        f"{type(criterion).__name__}"
     )
 
 

