@@ -3,6 +3,8 @@
     python benchmarks/latency.py prediction   predicted and measured at 100%, 70%, 50% of the MACs
     python benchmarks/latency.py speedup      realised speed-up at half the MACs, by rounding and
                                               with a latency budget
+    python benchmarks/latency.py search       the local search under half the MACs, and under the
+                                              latency that its result has: loss of scores of both
 
 Random weights (latency does not depend on them), L1 scores, uniform ratios. Sizes of one net take
 turns in one process. With one thread the clock is the CPU time of the thread: other processes slow
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,10 @@ NETS = {
         "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "regnet_y_400mf",
     ),
     "speedup": ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"),
+    "search": ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"),
 }  # fmt: skip
 SHARES = (0.7, 0.5)
+EVALUATIONS = 300  # of the searches
 FASTER = 1.8  # what the latency budget asks for
 
 
@@ -126,6 +130,53 @@ def speedup(traced: Traced, target: Target) -> dict[str, Any]:
     }
 
 
+def search(traced: Traced, target: Target) -> dict[str, Any]:
+    """The fitness is additive, so that both searches are cheap and compare: see ``score_loss``."""
+    model = latency_model(traced, target, progress=True)
+    auto = fast_counts(model, traced.groups)
+    loss = score_loss(traced)
+
+    def found(budget: Budget) -> tuple[PrunePlan, float]:
+        problem = allocate.AllocationProblem(
+            traced, scores_of(traced), budget, auto, fitness=loss, latency=model,
+            max_evaluations=EVALUATIONS,
+        )  # fmt: skip
+        plan = allocate.get("local")(problem)
+        return plan, float(model.predict(traced.counts(plan)[None])[0])
+
+    by_macs, ms = found(Budget(macs=0.5))
+    by_ms, other = found(Budget(latency=ms / model.original.ms))
+    return {
+        "loss": [loss(by_macs), loss(by_ms)],
+        "predicted_ms": [ms, other],
+        "macs": shares(traced, [by_macs, by_ms]),
+        "original_ms": model.original.ms,
+    }
+
+
+def score_loss(traced: Traced) -> Callable[[PrunePlan], float]:
+    """Sum over the groups of minus the logarithm of the share of its L1 scores that is kept."""
+    scores = scores_of(traced)
+
+    def loss(plan: PrunePlan) -> float:
+        return sum(
+            -float(np.log(scores[g][list(kept)].sum() / scores[g].sum()))
+            for g, kept in plan.kept.items()
+        )
+
+    return loss
+
+
+def search_table(found: dict[str, Any]) -> None:
+    print("| net | budget | loss of scores | MACs | predicted, ms | faster |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for net, f in found.items():
+        rows = zip(("MACs", "latency"), f["loss"], f["macs"], f["predicted_ms"], strict=True)
+        for budget, loss, macs, ms in rows:
+            faster = f["original_ms"] / ms
+            print(f"| {net} | {budget} | {loss:.3f} | {macs:.0%} | {ms:.2f} | {faster:.2f} |")
+
+
 def prediction_table(found: dict[str, Any]) -> None:
     print(
         "| net | MACs | predicted, ms | measured, ms | error |\n| --- | ---: | ---: | ---: | ---: |"
@@ -167,13 +218,17 @@ def main() -> None:
         if not path.exists():
             sys.stderr.write(f"{net}\n")
             traced = traced_net(net, args.pixels, args.batch)
-            one = (prediction if args.what == "prediction" else speedup)(traced, target)
+            one = {"prediction": prediction, "speedup": speedup, "search": search}[args.what](
+                traced, target
+            )
             path.write_text(json.dumps(one, indent=1), encoding="utf-8")
         found[net] = json.loads(path.read_text(encoding="utf-8"))
     print(
         f"{target}; {device_name()}; {target.device}; batch {args.batch}, {args.pixels} px; medians"
     )
-    (prediction_table if args.what == "prediction" else speedup_table)(found)
+    {"prediction": prediction_table, "speedup": speedup_table, "search": search_table}[args.what](
+        found
+    )
 
 
 if __name__ == "__main__":

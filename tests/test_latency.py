@@ -143,6 +143,36 @@ def test_the_rest_follows_the_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert rest[0] > 99
 
 
+def test_nets_of_one_kind_of_product_or_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = nn.Conv2d(8, 8, 3, groups=8)
+    for net, products in ((nn.ReLU(), 0), (deep, 1), (nn.Conv2d(8, 16, 3, groups=4), 1)):
+        traced = trace(nn.Sequential(net), torch.zeros(1, 8, 8, 8))
+        model = clocked(monkeypatch, traced, tmp_path, 16, original=2.0)
+        assert model.products(model.full[None]).shape == (1, products)
+        assert model.predict(model.full[None])[0] == pytest.approx(2.0)
+
+
+def test_grouped_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Columns of each group go; the widths of a group are (groups, in, out)."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=4), nn.Conv2d(64, 8, 1)
+    )
+    traced = trace(net, torch.zeros(1, 3, 8, 8))
+    model = clocked(monkeypatch, traced, tmp_path, 16, original=2.0)
+    assert model.widths(model.full)[1] == (4, 16, 16)
+    plan = random_plan(traced, 3)
+    middle = cut(traced, plan).get_submodule("1")
+    assert isinstance(middle, nn.Conv2d)
+    widths = (
+        middle.groups,
+        middle.in_channels // middle.groups,
+        middle.out_channels // middle.groups,
+    )
+    assert model.widths(traced.counts(plan))[1] == widths
+
+
 def test_a_second_measurement_bends_the_prediction(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

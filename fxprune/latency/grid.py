@@ -110,7 +110,7 @@ class Grids:
         times: list[FloatArray],
         factors: list[list[dict[int, float]]],
     ) -> None:
-        count = max((len(a.full) for a in axes), default=1)
+        count = 3 if any(a.family.axes == 3 for a in axes) else 2
         found = [[a.levels(i, block) for i in range(len(a.full))] for a in axes]
         most = max((len(x) for one in found for x in one), default=1)
         self.block = np.ones((len(axes), count), dtype=np.int64)

@@ -27,7 +27,7 @@ class Keeper:
 
     def __init__(self, traced: Traced, target: Target, *, progress: bool = False) -> None:
         self.traced, self.target = traced, target
-        self.bench = Bench(target, traced.example_inputs)
+        self.bench = Bench(target, traced.example_inputs, progress=progress)
         try:
             (original,) = self.bench.measure([traced.graph_module])
             self.model: LatencyModel = latency_model(

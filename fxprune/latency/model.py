@@ -125,15 +125,17 @@ def latency_model(
     points += [(a.family, w) for a, o in zip(axes, odd, strict=True) for d in o for w in d.values()]
     fill(table, points, progress)
     if original is None:
-        with Bench(target, traced.example_inputs) as bench:
+        with Bench(target, traced.example_inputs, progress=progress) as bench:
             (original,) = bench.measure([traced.graph_module])
     grids = _grids(table, axes, odd, block)
     k = with_one(full)
+    if not _bytes(apart, k)[0]:
+        apart = replace(apart, fixed=1.0)  # nothing but products: what is left is constant
     own = float(grids.predict(_widths(apart, k)).sum())
     rest = max(original.ms - own, LEAST_REST * original.ms)
     return LatencyModel(
         target, original, block, apart, grids, (original.ms - rest) / own if own else 1.0, rest,
-        float(max(_bytes(apart, k)[0], 1.0)), full,
+        float(_bytes(apart, k)[0]), full,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from fxprune.latency import onnx_cpu, torch_runs
@@ -34,8 +36,8 @@ class Bench:
     eval mode. Raises ExportError where there is no such file.
     """
 
-    def __init__(self, target: Target, inputs: tuple[Any, ...]) -> None:
-        self.target, self.inputs = target, inputs
+    def __init__(self, target: Target, inputs: tuple[Any, ...], *, progress: bool = False) -> None:
+        self.target, self.inputs, self.progress = target, inputs, progress
         self._calls: dict[int, tuple[nn.Module, Callable[[], object]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="fxprune-")
 
@@ -59,9 +61,22 @@ class Bench:
         Each runs for ``seconds`` and ``least`` times at least. With one CPU thread the clock is the
         CPU time of the thread, else the wall clock.
         """
-        with torch_runs.threads_of(self.target):
-            calls = [self._call(m) for m in models]
-            return repeat(self.target, calls, seconds * len(calls), least)
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not self.progress,
+        )
+        with bar, torch_runs.threads_of(self.target):
+            task = bar.add_task(f"measuring ({self.target})", total=len(models) + 1)
+            calls = []
+            for model in models:
+                calls.append(self._call(model))
+                bar.update(task, advance=1)
+            found = repeat(self.target, calls, seconds * len(calls), least)
+            bar.update(task, advance=1)
+            return found
 
     def _call(self, model: nn.Module) -> Callable[[], object]:
         if id(model) not in self._calls:
