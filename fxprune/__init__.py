@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from fxprune.errors import FxpruneError
     from fxprune.export import ExportReport, export_onnx
     from fxprune.pipeline import PruneResult, apply, load, prune
+    from fxprune.report import Figure, write_report
     from fxprune.traced import Traced, trace
     from fxprune.tune import TuneResult, Tuning, finetune
     from fxprune.types import Budget, ChannelGroup, Cost, PrunePlan
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "ChannelGroup", "Cost", "Distillation", "ExportReport", "FxpruneError",
+    "Budget", "ChannelGroup", "Cost", "Distillation", "ExportReport", "Figure", "FxpruneError",
     "PrunePlan", "PruneResult", "Traced", "TuneResult", "Tuning", "__version__", "apply",
     "export_onnx", "finetune", "load", "prune", "trace",
+    "write_report",
 ]  # fmt: skip
 
 _HOMES = {
@@ -26,6 +28,7 @@ _HOMES = {
     "errors": ("FxpruneError",),
     "export": ("ExportReport", "export_onnx"),
     "pipeline": ("PruneResult", "apply", "load", "prune"),
+    "report": ("Figure", "write_report"),
     "traced": ("Traced", "trace"),
     "tune": ("TuneResult", "Tuning", "finetune"),
     "types": ("Budget", "ChannelGroup", "Cost", "PrunePlan"),

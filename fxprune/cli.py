@@ -266,6 +266,7 @@ def _prune(args: argparse.Namespace) -> None:
     from fxprune.latency import latency_text
     from fxprune.models import load_model
     from fxprune.pipeline import prune
+    from fxprune.report import Figure, write_report
 
     start = perf_counter()
     # Everything that can be known to fail is asked before the long work.
@@ -285,6 +286,10 @@ def _prune(args: argparse.Namespace) -> None:
     def export(folder: Path) -> Mapping[str, Any]:
         report = export_onnx(result.model, inputs, folder / "pruned.onnx", opset=args.opset)
         reports.append(report)
+        write_report(
+            result, folder / "report.html", title=f"{args.model}, pruned", inputs=_sample(data),
+            figures=[Figure("ONNX file", None, report.bytes, "bytes")],
+        )  # fmt: skip
         seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
         return _figures(args, result, report, seconds)
 
@@ -297,6 +302,11 @@ def _prune(args: argparse.Namespace) -> None:
         told = latency_text(result.report["latency"])
         console.print(told, markup=False, highlight=False)
     _tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
+
+
+def _sample(data: Any) -> Any:
+    """The first batch's inputs, of which the report shows maps; None for random inputs."""
+    return None if data is None else next(iter(data))[:1]
 
 
 def _finetune(args: argparse.Namespace) -> None:

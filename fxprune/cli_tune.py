@@ -170,6 +170,7 @@ def _saved(args: argparse.Namespace, source: Source, result: TuneResult) -> Tune
             export_onnx(result.model, source.inputs, folder / "pruned.onnx", opset=args.opset)
         )
         known = source.figures
+        _report(args, source, result, accuracy, reports[0], folder)
         asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
         origin = known.get("options", {})
         named = {k: asked.get(k) or origin.get(k) for k in ("model", "weights", "input")}
@@ -186,6 +187,41 @@ def _saved(args: argparse.Namespace, source: Source, result: TuneResult) -> Tune
         args.out, result.model, source.plan, overwrite=args.overwrite, write=export
     )
     return Tuned(out, result, accuracy, reports[0])
+
+
+def _report(
+    args: argparse.Namespace,
+    source: Source,
+    result: TuneResult,
+    accuracy: Mapping[str, float],
+    onnx: ExportReport,
+    folder: Path,
+) -> None:
+    """report.html, where the original is known."""
+    from fxprune.data import load_data
+    from fxprune.pipeline import PruneResult
+    from fxprune.report import Figure, write_report
+    from fxprune.traced import trace
+
+    if source.original is None:
+        return
+    traced = trace(source.original, source.inputs)
+    graph = traced.graph_module
+    pruned = PruneResult(
+        result.model, graph, graph, traced, source.plan, traced.cost(), traced.cost(source.plan),
+        dict(source.figures.get("pruning", {})),
+    )  # fmt: skip
+    figures = [Figure("ONNX file", None, onnx.bytes, "bytes")]
+    if accuracy:
+        names = (("original", "Accuracy, to the original"), ("before", "Accuracy, by tuning"))
+        figures += [Figure(n, accuracy[k], accuracy["after"], "share", "more") for k, n in names]
+    told = result.to_dict()["epochs"]
+    batch = next(iter(load_data(args.data, source.inputs) or ()), None)
+    write_report(
+        pruned, folder / "report.html", title=f"{args.source}, fine-tuned", figures=figures,
+        inputs=batch[:1] if batch else None,
+        notes=[f"Epoch {e['epoch']}: loss {e['loss']:.4f}" for e in told],
+    )  # fmt: skip
 
 
 def _accuracy(args: argparse.Namespace, source: Source, result: TuneResult) -> dict[str, float]:

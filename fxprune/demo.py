@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from fxprune.checkpoint import check_target, save
 from fxprune.export import export_onnx
 from fxprune.pipeline import prune
+from fxprune.report import Figure, write_report
 from fxprune.types import Budget, Cost, PrunePlan
 
 EPOCHS = 24
@@ -39,7 +40,10 @@ WEIGHT_DECAY = 5e-4
 CALIBRATION = 512  # training images, without their labels, that pruning sees
 SHARE = 0.4  # of the MACs that may stay
 RUNS = {1: 400, 64: 60}  # timed runs for each batch size
-FILES = ("original.onnx", "pruned.onnx", "plan.json", "model.safetensors", "result.json")
+FILES = (
+    *("original.onnx", "pruned.onnx", "plan.json", "model.safetensors", "result.json"),
+    "report.html",
+)
 
 
 class Block(nn.Module):
@@ -223,11 +227,23 @@ def main(
 
         def add_onnx(folder: Path) -> None:
             shutil.copytree(scratch, folder, dirs_exist_ok=True)
+            write_report(
+                result, folder / "report.html", title=f"Digits at {SHARE:.0%} of the MACs",
+                figures=rows(before, after), inputs=(data.test_x[:1],),
+            )  # fmt: skip
 
         module, plan = result.graph_module, result.plan
         save(out, module, plan, figures, overwrite=overwrite, write=add_onnx)
     show(before, after, Path(out), seconds)
     return 0
+
+
+def rows(before: Figures, after: Figures) -> list[Figure]:
+    """What the report shows besides the costs."""
+    found = [Figure("Test accuracy", before.accuracy, after.accuracy, "share", "more")]
+    for size, ms in before.latency_ms.items():
+        found.append(Figure(f"Latency, batch {size}", ms, after.latency_ms[size], "ms"))
+    return [*found, Figure("ONNX file", before.file_bytes, after.file_bytes, "bytes")]
 
 
 def surroundings() -> dict[str, object]:

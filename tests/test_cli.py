@@ -58,6 +58,7 @@ def test_prune_writes_what_it_says(net: str, out: Path, capfd: Any) -> None:
         "model.safetensors",
         "plan.json",
         "pruned.onnx",
+        "report.html",
         "result.json",
     ]
     result = json.loads((out / "result.json").read_text())

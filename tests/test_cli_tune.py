@@ -68,7 +68,7 @@ def test_from_a_trained_net_to_a_tuned_small_one(net: str, tmp_path: Path, capfd
     assert finetune(small, tuned, "--epochs", "2", "--lr", "0.003") == 0
     said, err = capfd.readouterr()
     assert err == "" and str(tuned) in said and "2 epochs, 46 steps" in said
-    names = ["model.safetensors", "plan.json", "pruned.onnx", "result.json"]
+    names = ["model.safetensors", "plan.json", "pruned.onnx", "report.html", "result.json"]
     assert set(names) <= {p.name for p in tuned.iterdir()}
     assert not (tmp_path / "tuned.tuning").exists()
     assert (tuned / "plan.json").read_text() == (small / "plan.json").read_text()

@@ -128,7 +128,7 @@ def test_every_imported_package_is_declared() -> None:
     extras = [p for e in ("timm", "tune") for p in setup["options.extras_require"][e].split()]
     wanted = [*setup["options"]["install_requires"].split(), *extras]
     names = {re.split("[<>=~!]", w)[0].replace("-", "_") for w in wanted}
-    names = {"sklearn" if n == "scikit_learn" else n for n in names}
+    names |= {m for m, n in (("sklearn", "scikit_learn"), ("PIL", "pillow")) if n in names}
     for file in FILES:
         for name in imports(ast.parse(file.read_text(encoding="utf-8"))):
             root = name.split(".")[0]
