@@ -280,9 +280,13 @@ def _pie(x: float, y: float, r: float, share: float) -> str:
     return f"M{x:.2f},{y:.2f}V{y - r:.2f}A{r:.2f},{r:.2f} 0 {large} 1 {u:.2f},{v:.2f}Z"
 
 
-def _ranks(traced: Traced) -> dict[str, int]:
-    """Group -> place of the first graph node that carries its channels."""
-    at = {n.name: i for i, n in enumerate(traced.graph_module.graph.nodes)}
-    return {
-        g.name: min((at[n] for n in g.nodes if n in at), default=len(at)) for g in traced.groups
-    }
+def _ranks(traced: Traced) -> dict[str, float]:
+    """Group -> place of the first graph node that carries its channels, or else reads them."""
+    at = {n.name: float(i) for i, n in enumerate(traced.graph_module.graph.nodes)}
+    last = float(len(at))
+    ranks = {}
+    for g in traced.groups:
+        made = [at[n] for n in g.nodes if n in at]
+        read = [at.get(u.consumer.rpartition(":")[0], last) - 0.5 for u in g.uses]
+        ranks[g.name] = min([*made, *read], default=last)
+    return ranks
