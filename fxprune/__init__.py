@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxprune.curves import Sensitivity, sensitivity
     from fxprune.distill import Distillation
     from fxprune.errors import FxpruneError
     from fxprune.export import ExportReport, export_onnx
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Budget", "ChannelGroup", "Cost", "Distillation", "ExportReport", "Figure", "FxpruneError",
-    "PrunePlan", "PruneResult", "Traced", "TuneResult", "Tuning", "__version__", "apply",
-    "export_onnx", "finetune", "load", "prune", "trace",
+    "PrunePlan", "PruneResult", "Sensitivity", "Traced", "TuneResult", "Tuning", "__version__",
+    "apply", "export_onnx", "finetune", "load", "prune", "sensitivity", "trace",
     "write_report",
 ]  # fmt: skip
 
 _HOMES = {
+    "curves": ("Sensitivity", "sensitivity"),
     "distill": ("Distillation",),
     "errors": ("FxpruneError",),
     "export": ("ExportReport", "export_onnx"),

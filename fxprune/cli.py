@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import __version__, cli_tune
+from fxprune import __version__, cli_search, cli_tune
 from fxprune.errors import FxpruneError, InputError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _demo_parser(commands)
     _inspect_parser(commands)
     _prune_parser(commands)
+    _sensitivity_parser(commands)
     _finetune_parser(commands)
     _latency_parser(commands)
     return parser
@@ -189,12 +190,22 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument(
         "--calibration-samples", type=int, default=256, metavar="N", help="default: %(default)s"
     )
-    prune.add_argument(
-        "--evals", type=int, default=60, metavar="N", help="states that the search may try"
-    )
+    cli_search.add_search_arguments(prune)
     prune.add_argument("--opset", type=int, metavar="N", help="ONNX opset; default: the exporter's")
     prune.add_argument("--quiet", action="store_true", help="no progress bars")
     prune.set_defaults(command=_prune)
+
+
+def _sensitivity_parser(commands: Any) -> None:
+    command = commands.add_parser(
+        "sensitivity",
+        help="cut each channel group alone and show what that costs",
+        description="Cut each channel group alone, repair, and show what that costs.",
+        epilog=_SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model_arguments(command)
+    cli_search.add_sensitivity_arguments(command)
 
 
 def _finetune_parser(commands: Any) -> None:
@@ -272,6 +283,7 @@ def _prune(args: argparse.Namespace) -> None:
     # Everything that can be known to fail is asked before the long work.
     options = _options(args)
     checkpoint.check_target(args.out, overwrite=args.overwrite)
+    options["journal"] = cli_search.open_journal(args)
     check_opset(args.opset)
     check_spec(args.data)
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
@@ -290,12 +302,14 @@ def _prune(args: argparse.Namespace) -> None:
             result, folder / "report.html", title=f"{args.model}, pruned", inputs=_sample(data),
             figures=[Figure("ONNX file", None, report.bytes, "bytes")],
         )  # fmt: skip
+        cli_search.keep_journal(options["journal"], folder)
         seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
         return _figures(args, result, report, seconds)
 
     out = checkpoint.save(
         args.out, result.graph_module, result.plan, overwrite=args.overwrite, write=export
     )
+    cli_search.drop_journal(args, options["journal"])
     console = _console()
     console.print(_cost_table(args.model, result.before, result.after))
     if "latency" in result.report:
@@ -340,8 +354,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
     bounds(Budget(**budget))
     distillation = Distillation(steps=args.distill_steps)
-    if args.evals < 1:
-        raise InputError(f"--evals must be at least 1, got {args.evals}")
     return {
         "budget": Budget(**budget),
         "criterion": args.criterion,
@@ -355,7 +367,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "progress": not args.quiet,
         "calibration_samples": args.calibration_samples,
-        "max_evaluations": args.evals,
+        **cli_search.search_options(args),
     }
 
 

@@ -47,11 +47,13 @@ ORDER = [
         "batches",
         "data",
         "models",
+        "curves",
         "rounds",
         "pipeline",
         "tune",
         "report",
         "demo",
+        "cli_search",
         "cli_tune",
         "cli",
         "__main__",
@@ -125,7 +127,9 @@ def test_functions_stay_short(file: Path) -> None:
 def test_every_imported_package_is_declared() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    extras = [p for e in ("timm", "tune") for p in setup["options.extras_require"][e].split()]
+    extras = [
+        p for e in ("timm", "tune", "plot") for p in setup["options.extras_require"][e].split()
+    ]
     wanted = [*setup["options"]["install_requires"].split(), *extras]
     names = {re.split("[<>=~!]", w)[0].replace("-", "_") for w in wanted}
     names |= {m for m, n in (("sklearn", "scikit_learn"), ("PIL", "pillow")) if n in names}

@@ -1,0 +1,170 @@
+"""``fxprune sensitivity``, and the options of the search of ``fxprune prune``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxprune.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fxprune.curves import Sensitivity
+
+JOURNAL = "search.jsonl"
+
+
+def add_search_arguments(command: Any) -> None:
+    """Limits, journal and workers."""
+    command.add_argument(
+        "--evals", type=int, default=60, metavar="N", help="states that the search may try"
+    )
+    command.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="of the search; then its best is taken",
+    )
+    command.add_argument(
+        "--journal", metavar="FILE",
+        help="what the search finds out, for --resume; default: a hidden file beside --out, in the "
+        f"end {JOURNAL} in it",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", action="store_true", help="go on with a search that was broken off"
+    )
+    add_workers_argument(command)
+
+
+def add_workers_argument(command: Any) -> None:
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that try states side by side"
+    )
+
+
+def search_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``prune``; InputError for what cannot be."""
+    if args.evals < 1:
+        raise InputError(f"--evals must be at least 1, got {args.evals}")
+    if args.max_seconds is not None and not args.max_seconds > 0:
+        raise InputError(f"--max-seconds must be more than 0, got {args.max_seconds}")
+    if args.workers < 0:
+        raise InputError(f"--workers must be at least 0, got {args.workers}")
+    return {
+        "max_evaluations": args.evals,
+        "max_seconds": args.max_seconds,
+        "workers": args.workers,
+    }
+
+
+def open_journal(args: argparse.Namespace) -> Path:
+    """Where the search writes. Raises OutputError where an old journal is in the way."""
+    out = Path(args.out)
+    path = Path(args.journal) if args.journal else out.parent / f".{out.name}.{JOURNAL}"
+    old = _files(path)
+    if old and not args.resume:
+        if args.journal or not args.overwrite:
+            raise OutputError(
+                f"{old[0]} is the journal of a search that was broken off; say --resume to go on "
+                "with it, or delete it"
+            )
+        for file in old:
+            file.unlink()
+    return path
+
+
+def _files(path: Path) -> list[Path]:
+    """The journal, or one for each round where there are several."""
+    rounds = sorted(path.parent.glob(f"[0-9]*-{path.name}"))
+    return [p for p in (path, *rounds) if p.is_file()]
+
+
+def keep_journal(path: Path, folder: Path) -> None:
+    """Copy the journal into the folder of the results."""
+    for file in _files(path):
+        number = file.name.removesuffix(path.name)
+        shutil.copyfile(file, folder / f"{number}{JOURNAL}")
+
+
+def drop_journal(args: argparse.Namespace, path: Path) -> None:
+    """The results are complete: the default journal is not needed beside them any more."""
+    if not args.journal:
+        for file in _files(path):
+            file.unlink()
+
+
+# --- fxprune sensitivity ----------------------------------------------------------------------
+
+
+def add_sensitivity_arguments(command: Any) -> None:
+    command.add_argument("--data", default="random", metavar="SPEC", help="default: %(default)s")
+    command.add_argument("--criterion", default="attention", help="default: %(default)s")
+    command.add_argument(
+        "--repair", default="lstsq", choices=("lstsq", "bn", "none"), help="default: %(default)s"
+    )
+    command.add_argument("--round-to", type=int, default=1, metavar="N", help="step of widths")
+    command.add_argument("--calibration-samples", type=int, default=256, metavar="N")
+    command.add_argument("--plot", metavar="FILE", help="draw the curves (.svg, .png or .pdf)")
+    command.add_argument("--csv", metavar="FILE", help="write the figures")
+    add_workers_argument(command)
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(command=run_sensitivity)
+
+
+def run_sensitivity(args: argparse.Namespace) -> None:
+    """The command."""
+    import csv
+
+    from rich.console import Console
+
+    from fxprune.curves import sensitivity
+    from fxprune.data import check_spec, load_data
+    from fxprune.models import load_model
+
+    check_spec(args.data)
+    for file in (args.plot, args.csv):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise OutputError(f"{file} cannot be written: its folder does not exist")
+    model, inputs = load_model(args.model, args.weights, args.input, args.seed)
+    curves = sensitivity(
+        model, inputs, load_data(args.data, inputs, seed=args.seed), criterion=args.criterion,
+        repair=None if args.repair == "none" else args.repair, exclude=tuple(args.exclude),
+        round_to=args.round_to, seed=args.seed, progress=not args.quiet,
+        calibration_samples=args.calibration_samples, workers=args.workers,
+    )  # fmt: skip
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(_table(args.model, curves))
+    if args.csv:
+        rows = curves.rows()
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]) if rows else ["group"])
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.plot:
+        curves.plot(args.plot)
+
+
+def _table(title: str, curves: Sensitivity) -> Table:
+    """Most sensitive groups per saved multiply-add first."""
+    import numpy as np
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=f"Sensitivity of {escape(title)}: fitness (MACs saved) with one group cut alone; "
+        f"whole model {curves.whole:.4g}"
+    )
+    table.add_column("group", overflow="fold")
+    table.add_column("channels", justify="right")
+    kept = curves.kept / curves.channels[:, None]
+    for share in np.median(kept, axis=0).tolist() if len(kept) else ():
+        table.add_column(f"{share:.0%} kept", justify="right")
+    price = (curves.loss[:, -1] - curves.whole) / np.maximum(curves.saved[:, -1], 1e-12)
+    for f in np.argsort(-price, kind="stable"):
+        cells = [f"{v:.4f} ({s:.1%})" for v, s in zip(curves.loss[f], curves.saved[f], strict=True)]
+        table.add_row(escape(curves.groups[f]), str(curves.channels[f]), *cells)
+    return table
