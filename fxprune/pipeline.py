@@ -31,7 +31,7 @@ from fxprune.mending import Mending
 from fxprune.observe import Statistics, observe
 from fxprune.progress import Clock
 from fxprune.repair import LeastSquares
-from fxprune.rounds import compose, round_budgets, transplanted
+from fxprune.rounds import Near, compose, round_budgets, transplanted
 from fxprune.rounds import told as rounds_told
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
@@ -289,8 +289,8 @@ def _in_rounds(
         traced = trace(model, example_inputs).excluding(given["exclude"])
         calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
         seen, held_out = _split(calibration.batches)
-        near = KLFitness(traced, None, held_out)
-        measure = _loss(given["evaluate"]) if given["evaluate"] else near.of
+        near = given["evaluate"] or Near(traced, held_out)
+        measure = _loss(near)
         clock.lap("trace and couple")
         done: list[PruneResult] = []
         current = model
@@ -307,7 +307,7 @@ def _in_rounds(
             if tune is not None and len(done) < steps:
                 current = tune(current) or current
             # from now on nearness to the original counts, not to the round before
-            given["evaluate"] = given["evaluate"] or (lambda m: -near.of(m))
+            given["evaluate"] = near
             clock.lap(f"round {len(done)}")
         plan = compose(traced, [(r.analysis, r.plan) for r in done], done[-1].plan.meta)
         gm = transplanted(traced, plan, done[-1].graph_module)

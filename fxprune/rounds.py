@@ -7,7 +7,8 @@ a plan of the original is read off that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fxprune.allocate import bounds
 from fxprune.allocate.budget import in_words
 from fxprune.cut import cut
 from fxprune.errors import BudgetError, InternalError
+from fxprune.fitness import refer
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
 from fxprune.types import BoolArray, Budget, ChannelGroup, Cost, IntArray, PrunePlan
@@ -132,6 +134,24 @@ def transplanted(traced: Traced, plan: PrunePlan, last: fx.GraphModule) -> fx.Gr
         for k, t in target.items():
             t.copy_(source[k])
     return gm
+
+
+class Near:
+    """Nearness of a model's outputs to the original's, as an ``evaluate``: higher is better.
+
+    It holds samples and outputs but no model, so that workers can take it along.
+    """
+
+    def __init__(self, traced: Traced, batches: Sequence[tuple[Any, ...]]) -> None:
+        with torch.no_grad():
+            self.pairs = [(b, refer(traced.graph_module(*b))) for b in batches]
+
+    def __call__(self, model: Callable[..., Any]) -> float:
+        """Minus the divergence; minus infinity where it is not finite."""
+        with torch.no_grad():
+            parts = [(r.divergence(model(*b)), r.samples) for b, r in self.pairs]
+        value = sum(d * n for d, n in parts) / sum(n for _, n in parts)
+        return -value if math.isfinite(value) else -math.inf
 
 
 def told(results: Sequence[Any]) -> list[dict[str, Any]]:

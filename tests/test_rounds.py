@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -19,8 +20,9 @@ from fxprune.allocate import bounds
 from fxprune.checkpoint import save
 from fxprune.cut import cut
 from fxprune.errors import BudgetError, SpecError
+from fxprune.fitness import KLFitness
 from fxprune.isolate import rng_kept
-from fxprune.rounds import compose, round_budgets, transplanted
+from fxprune.rounds import Near, compose, round_budgets, transplanted
 from fxprune.traced import Traced, trace
 from fxprune.types import Budget, Cost, PrunePlan
 
@@ -186,8 +188,6 @@ def test_rounds_are_not_further_from_the_original_than_their_repair() -> None:
     fitness = told["rounds fitness"]
     assert told["kept"] == min(fitness, key=fitness.get)
     held = DATA[-1]
-    from fxprune.fitness import KLFitness
-
     found = KLFitness(result.analysis, None, [held]).of(result.graph_module.eval())
     assert found == pytest.approx(min(fitness.values()), rel=1e-4)
 
@@ -205,6 +205,15 @@ def test_tuning_between_rounds_is_kept() -> None:
     result = prune(net(), steps=3, tune=tune, repair="bn", allocation="uniform")
     assert len(seen) == 2
     assert torch.equal(result.model.head.bias, torch.full((10,), 7.0))
+
+
+def test_what_guides_later_rounds_can_travel_to_workers() -> None:
+    traced = trace(net(), DATA[0][:1])
+    near = cloudpickle.loads(cloudpickle.dumps(Near(traced, [(x,) for x in DATA])))
+    module = cut(traced, random_plan(traced, 0))
+    assert near(module) == pytest.approx(-KLFitness(traced, None, DATA).of(module))
+    assert near(lambda x: torch.full((len(x), 10), torch.nan)) == -np.inf
+    assert near(traced.graph_module) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
