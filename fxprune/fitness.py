@@ -8,14 +8,16 @@ Legend for shapes: N samples, K classes, * further dims.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
+from fxprune import trees
 from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
 from fxprune.repair import LeastSquares
@@ -146,11 +148,30 @@ class Reference:
         if self.classes:
             p, q = self.outputs[0], log_probabilities(tensors[0], self.probabilities)
             return float((p.exp() * (p - q)).sum(dim=1).mean())
-        errors = [
-            float((y - x).square().sum() / x.square().sum().clamp_min(1e-300))
-            for x, y in zip(self.outputs, tensors, strict=True)
-        ]
+        pairs = itertools.zip_longest(self.outputs, tensors)
+        errors = [1.0 if x is None or y is None else relative(x, y) for x, y in pairs]
         return sum(errors) / len(errors)
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    """Squared error of ``y`` relative to the squared norm of ``x``.
+
+    Where the data decides how much there is (detections, in their order), the shorter one is taken
+    as filled up with zeros.
+    """
+    if x.dim() != y.dim():
+        return 1.0
+    if x.shape != y.shape:
+        size = [max(a, b) for a, b in zip(x.shape, y.shape, strict=True)]
+        x, y = _filled(x, size), _filled(y, size)
+    wrong, whole = float((y - x).square().sum()), float(x.square().sum())
+    return wrong / whole if whole else float(wrong > 0)
+
+
+def _filled(t: Tensor, size: Sequence[int]) -> Tensor:
+    made = t.new_zeros(size)
+    made[tuple(slice(0, n) for n in t.shape)] = t
+    return made
 
 
 def mean_divergence(references: Iterable[Reference], outputs: Iterable[Any]) -> float:
@@ -172,7 +193,7 @@ def refer(output: Any) -> Reference:
             "give evaluate=, a function of the model that returns a number"
         )
     first = tensors[0]
-    samples = len(first) if first.ndim else 1
+    samples = max(1, len(first)) if first.ndim else 1
     if isinstance(output, Tensor) and first.ndim not in (0, 1, 3) and first.shape[1] > 1:
         probabilities = _are_probabilities(first)
         return Reference(samples, True, probabilities, (log_probabilities(first, probabilities),))
@@ -191,13 +212,5 @@ def _are_probabilities(x: Tensor) -> bool:
 
 
 def floating(output: Any) -> Iterator[Tensor]:
-    """Floating tensors of nested tuples, lists and mappings, in order."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from floating(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from floating(value)
+    """Floating tensors of a nested output, in order."""
+    yield from (t for t in trees.tensors(output) if t.is_floating_point())

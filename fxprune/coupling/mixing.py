@@ -41,6 +41,14 @@ register(
 register("aten.upsample_trilinear3d", "aten.grid_sampler_3d")(_spatial(3))
 
 
+@register("torchvision.roi_align", "torchvision.roi_pool")
+def _regions(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
+    """Regions of images: [N, C, H, W] -> [R, C, h, w]"""
+    fields = [labels.mix(f, (0, 2, 3), "regions of the images") for f in labels.of(args[0])]
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    labels.put(result, [f for f in fields if f is not None])
+
+
 @register(
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.max", "aten.min", "aten.var",
     "aten.std", "aten.var_mean", "aten.std_mean", "aten.linalg_vector_norm", "aten.norm",
