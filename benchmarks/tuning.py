@@ -3,7 +3,7 @@
     python benchmarks/tuning.py --quick                   digits, some minutes
     python benchmarks/tuning.py --markdown docs/tuning.md     Fashion-MNIST
 
-The nets are those of quality.py, trained by it and kept in its cache. Uniform ratios unless
+The nets are those of nets.py, trained by it and kept in its cache. Uniform ratios unless
 ``--allocation`` says otherwise, so that the rows differ in one thing. One core, one thread.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import quality
+import nets
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,16 +80,16 @@ def rows(
 def run(o: argparse.Namespace) -> Iterator[str]:
     """Lines of Markdown, as they are known."""
     spec, epochs = ("digits", 24) if o.quick else ("fashion-mnist", 2)
-    x, y = quality.images_of(spec, True)
-    test = quality.images_of(spec, False)
+    x, y = nets.images_of(spec, True)
+    test = nets.images_of(spec, False)
     for name in o.nets:
-        net = quality.trained(name, spec, epochs, Path(o.cache), x, y)
-        whole = quality.accuracy(net, *test)
+        net = nets.trained(name, spec, epochs, Path(o.cache), x, y)
+        whole = nets.accuracy(net, *test)
         for budget in o.budgets:
             yield f"\n{name} on {spec} at {budget:.0%} of the MACs (original {whole:.2f}%)\n"
             yield "| recipe | test accuracy | KL on test images | seconds |\n|---|---|---|---|"
             for recipe, model, seconds in rows(net, x, y, budget, o):
-                right = quality.accuracy(model, *test)
+                right = nets.accuracy(model, *test)
                 far = kl(net, model, test[0][:2000])
                 yield f"| {recipe} | {right:.2f} | {far:.4f} | {seconds:.0f} |"
 
@@ -97,7 +97,7 @@ def run(o: argparse.Namespace) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="digits instead of Fashion-MNIST")
-    parser.add_argument("--nets", nargs="+", choices=quality.NETS, default=["resnet20"])
+    parser.add_argument("--nets", nargs="+", choices=nets.NETS, default=["resnet20"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.3])
     parser.add_argument("--allocation", default="uniform")
     parser.add_argument("--evals", type=int, default=30)
