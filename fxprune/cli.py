@@ -13,17 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import __version__, cli_search, cli_tune
+from fxprune import __version__, cli_search, cli_show, cli_tune
 from fxprune.errors import FxpruneError, InputError
 
 if TYPE_CHECKING:  # --help must not wait for torch
-    from rich.console import Console
-    from rich.table import Table
-    from torch import nn
-
     from fxprune.export import ExportReport
-    from fxprune.pipeline import PruneResult
-    from fxprune.types import ChannelGroup, Cost
 
 _DEMO_OUT = "runs/demo"
 
@@ -238,8 +232,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     traced = trace(model, inputs).excluding(args.exclude)
-    console = _console()
-    console.print(_groups_table(args.model, traced.groups, model))
+    console = cli_show.console()
+    console.print(cli_show.groups_table(args.model, traced.groups, model))
     groups = {g.name for g in traced.groups}
     for name, reason in traced.locked.items():
         if name not in groups:
@@ -263,7 +257,7 @@ def _latency(args: argparse.Namespace) -> None:
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     traced = trace(model, inputs).excluding(args.exclude)
     found = latency_model(traced, target, progress=not args.quiet)
-    console = _console()
+    console = cli_show.console()
     for part in tables(args.model, traced, found):
         console.print(part, highlight=False)
 
@@ -304,18 +298,18 @@ def _prune(args: argparse.Namespace) -> None:
         )  # fmt: skip
         cli_search.keep_journal(options["journal"], folder)
         seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
-        return _figures(args, result, report, seconds)
+        return cli_show.figures(args, result, report, seconds)
 
     out = checkpoint.save(
         args.out, result.graph_module, result.plan, overwrite=args.overwrite, write=export
     )
     cli_search.drop_journal(args, options["journal"])
-    console = _console()
-    console.print(_cost_table(args.model, result.before, result.after))
+    console = cli_show.console()
+    console.print(cli_show.cost_table(args.model, result.before, result.after))
     if "latency" in result.report:
         told = latency_text(result.report["latency"])
         console.print(told, markup=False, highlight=False)
-    _tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
+    cli_show.tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
 
 
 def _sample(data: Any) -> Any:
@@ -329,7 +323,7 @@ def _finetune(args: argparse.Namespace) -> None:
     tuned = cli_tune.run(args)
     if tuned is None:
         return
-    console = _console()
+    console = cli_show.console()
     if tuned.accuracy:
         table = Table("", "test accuracy", title="Fine-tuned")
         for name, value in tuned.accuracy.items():
@@ -339,7 +333,7 @@ def _finetune(args: argparse.Namespace) -> None:
     told = f"{len(tuned.result.history)} epochs, {tuned.result.steps} steps, loss {last.loss:.4f}"
     if tuned.result.resumed:
         told += f"; resumed after {tuned.result.resumed} steps"
-    _tell(console, tuned.onnx, tuned.out, told)
+    cli_show.tell(console, tuned.onnx, tuned.out, told)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -369,117 +363,3 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "calibration_samples": args.calibration_samples,
         **cli_search.search_options(args),
     }
-
-
-# --- what is shown and kept -------------------------------------------------------------------
-
-
-def _figures(
-    args: argparse.Namespace,
-    result: PruneResult,
-    report: ExportReport,
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """The body of result.json."""
-    import platform
-    from dataclasses import asdict
-
-    before, after = asdict(result.before), asdict(result.after)
-    asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
-    packages = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
-    return {
-        "options": asked,
-        "before": before,
-        "after": after,
-        "share": {k: after[k] / before[k] if before[k] else 1.0 for k in before},
-        "onnx": report.to_dict(),
-        "pruning": result.report,
-        "seconds": dict(seconds),
-        "versions": {
-            "fxprune": __version__,
-            "python": platform.python_version(),
-            **{p: _version(p) for p in packages},
-        },
-        "machine": platform.processor() or platform.machine(),
-    }
-
-
-def _cost_table(title: str, before: Cost, after: Cost) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{escape(title)}, pruned")
-    table.add_column("")
-    for head in ("before", "after", "after / before"):
-        table.add_column(head, justify="right")
-    for name, old, new in (
-        ("MACs", before.macs, after.macs),
-        ("parameters", before.params, after.params),
-        ("bytes of weights", before.bytes, after.bytes),
-        ("peak activation bytes", before.memory, after.memory),
-    ):
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
-    return table
-
-
-def _tell(console: Console, report: ExportReport, out: Path, first: str) -> None:
-    batch = "any batch size" if report.dynamic_batch else f"batch {report.batch_sizes[0]} only"
-    sizes = ", ".join(map(str, report.batch_sizes))
-    lines = [
-        first,
-        f"ONNX: {report.bytes / 1e6:,.1f} MB, opset {report.opset}, {batch}; in onnxruntime "
-        f"relative error {report.max_error:.1e} at batch {sizes} (at most {report.tolerance:.0e})",
-        *(f"ONNX: {note}" for note in report.notes),
-        f"Everything lies in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _groups_table(title: str, groups: Sequence[ChannelGroup], model: nn.Module) -> Table:
-    """One row for each group; params: share of all parameters that lie at its channels."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    total = sum(s.numel() for s in shapes.values()) or 1
-    table = Table(title=f"Channel groups of {escape(title)}")
-    for head, justify in (
-        ("group", "left"),
-        ("channels", "right"),
-        ("rows", "right"),
-        ("members", "right"),
-        ("params", "right"),
-        ("locked", "left"),
-    ):
-        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for g in groups:
-        touched: dict[str, float] = {}
-        for m in g.members:
-            if m.param in shapes:
-                shape = shapes[m.param]
-                part = shape.numel() * m.index.size / shape[m.dim]
-                touched[m.param] = max(part, touched.get(m.param, 0))
-        share = sum(touched.values()) / total
-        table.add_row(
-            escape(g.name), str(g.n), str(g.rows), str(len(g.members)), f"{share:.1%}",
-            escape(g.locked or ""),
-        )  # fmt: skip
-    return table
-
-
-def _console() -> Console:
-    """A wide table where stdout is a file or a pipe; the terminal's width else."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

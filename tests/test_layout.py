@@ -54,6 +54,7 @@ ORDER = [
         "report",
         "demo",
         "cli_search",
+        "cli_show",
         "cli_tune",
         "cli",
         "__main__",
