@@ -4,8 +4,8 @@
     python benchmarks/search.py                                 everything, hours on one core
     python benchmarks/search.py --markdown docs/search.part.md  tables of what is known
 
-The nets are those of benchmarks/quality.py, with its trained weights. Every cell is kept in
-``--cache`` when it is known; a run that was broken off goes on where it was.
+The nets are those of benchmarks/nets.py, trained where quality.py has not done that yet. Every cell
+is kept in ``--cache`` when it is known; a run that was broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import numpy as np
 import torch
-from quality import NETS, accuracy, images_of, trained
+from nets import EPOCHS, NETS, accuracy, images_of, trained
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -52,6 +52,7 @@ STRATEGIES = ("uniform", "local", "random", "evolution", "greedy", "local, one-s
 ALLOCATIONS = 12  # random ones, for the correlations
 MEASURES = ("cut only", "bn", "one-shot", "sequential, as in the search", "final")
 KILLS = 50
+TEST = 5000  # images
 
 Cell = dict[str, Any]
 
@@ -84,7 +85,7 @@ class Setting:
 def setting(name: str) -> Setting:
     cache = Path(os.path.expanduser("~/.cache/fxprune/quality"))
     x, y = images_of("fashion-mnist", True)
-    net = trained(name, "fashion-mnist", 2, cache, x, y)
+    net = trained(name, "fashion-mnist", EPOCHS[name], cache, x, y)
     batches = [(b,) for b in x[:512].split(64)]
     seen, held_out = batches[:-2], batches[-2:]
     traced = trace(net, x[:2])
@@ -92,7 +93,7 @@ def setting(name: str) -> Setting:
     statistics = observe(traced, seen, **criteria.observe_options(criterion))
     scores = criterion(traced, statistics, np.random.default_rng(0))
     once = LeastSquares(traced, statistics)
-    test = images_of("fashion-mnist", False)
+    test = tuple(t[:TEST] for t in images_of("fashion-mnist", False))
     return Setting(net, traced, seen, held_out, dict(scores), once, test)
 
 

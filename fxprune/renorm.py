@@ -147,7 +147,12 @@ def _mean_var(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class SideBySide(fx.Interpreter):
-    """Runs several inputs node by node: all of them pass a node before any enters the next."""
+    """Runs several inputs node by node: all of them pass a node before any enters the next.
+
+    careful   whether :meth:`attempt` must reckon with nodes that write to what they read
+    """
+
+    careful = True
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
         super().__init__(module)
@@ -178,4 +183,6 @@ class SideBySide(fx.Interpreter):
         def one(t: Tensor) -> Tensor:
             return t if storage_key(t) in self.own else t.clone()
 
+        if not self.careful:
+            return value
         return torch.utils._pytree.tree_map_only(Tensor, one, value)

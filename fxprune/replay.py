@@ -21,16 +21,17 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fxprune.cut import cut
 from fxprune.errors import InternalError
+from fxprune.inputs import divisible, samples_of
 from fxprune.isolate import exact_arithmetic
 from fxprune.moments import Layout
 from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot
 from fxprune.renorm import some
-from fxprune.sequential import Walk, in_pieces
+from fxprune.sequential import HELD_OUT, Walk, in_pieces
 from fxprune.sides import Rows, Side
 from fxprune.traced import Traced
 from fxprune.types import ChannelGroup, Consumer, PrunePlan
@@ -66,7 +67,7 @@ class Replay:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.traced = traced
-        repair = [p for b in some(repair, max_samples) for p in in_pieces(b)]
+        repair = _in_folds([p for b in some(repair, max_samples) for p in in_pieces(b)])
         held_out = [b if isinstance(b, tuple) else (b,) for b in held_out]
         self.inputs, self.held_out = [*repair, *held_out], len(held_out)
         with exact_arithmetic(), evaluating(traced.graph_module):
@@ -97,6 +98,7 @@ class Replay:
         self.once(plan, module)
         with exact_arithmetic(), evaluating(module):
             side = Side(module, self.inputs[: len(self.inputs) - self.held_out])
+            side.run.careful = self.original.writes
             Walk(self.traced, plan, self.original, side).run()
 
 
@@ -104,14 +106,59 @@ def _nothing(plan: PrunePlan, module: fx.GraphModule) -> None:
     """The one-shot repair where the sequential form treats all consumers."""
 
 
+def _in_folds(pieces: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The pieces that fit and those that choose ridges (the last quarter), each as one batch."""
+    first = len(pieces) - len(pieces) // HELD_OUT
+    folds = [_joined(part) for part in (pieces[:first], pieces[first:]) if part]
+    return [f for f in folds if f is not None] if None not in folds else pieces
+
+
+def _joined(batches: list[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """One batch of several; None where that cannot be told from the inputs."""
+    flat = [tree_flatten(b) for b in batches]
+    if not all(divisible(b) for b in batches) or any(spec != flat[0][1] for _, spec in flat):
+        return None
+    leaves = []
+    for values in zip(*(f[0] for f in flat), strict=True):
+        along = [
+            isinstance(v, Tensor) and v.dim() and len(v) == samples_of(b)
+            for v, b in zip(values, batches, strict=True)
+        ]
+        if all(along) and len({v.shape[1:] for v in values}) == 1:
+            leaves.append(torch.cat(values))
+        elif any(along) or any(isinstance(v, Tensor) or v != values[0] for v in values):
+            return None
+        else:
+            leaves.append(values[0])
+    joined: tuple[Any, ...] = tree_unflatten(leaves, flat[0][1])
+    return joined
+
+
+class _Original(Side):
+    """Notes whether some node writes to what it reads."""
+
+    writes = False
+
+    def advance(self) -> None:
+        node = self.nodes[self.at]
+        before = [(t, t._version) for t in self._read(node)]
+        super().advance()
+        self.writes = self.writes or any(t._version != v for t, v in before)
+
+    def _read(self, node: fx.Node) -> list[Tensor]:
+        values = [env.get(n) for env in self.run.envs for n in node.all_input_nodes]
+        return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
 class Recorded:
     """The original's side of the walk: the rows of each consumer, gathered once.
 
-    ``refused``: consumer key -> why its rows cannot be had.
+    refused   consumer key -> why its rows cannot be had
+    writes    whether some node of the graph writes to what it reads
     """
 
     def __init__(self, traced: Traced, inputs: Sequence[tuple[Any, ...]]) -> None:
-        side = Side(traced.graph_module, inputs)
+        side = _Original(traced.graph_module, inputs)
         self.sizes = side.sizes
         self.refused: dict[str, str] = {}
         self._rows: dict[str, list[Rows]] = {}
@@ -119,6 +166,9 @@ class Recorded:
         self._walk = Walk(traced, PrunePlan({}), self, side)
         for consumer in traced.consumers:
             self._record(consumer, side)
+        while side.nodes[side.at].op != "output":
+            side.advance()
+        self.writes = side.writes
 
     def _record(self, consumer: Consumer, side: Side) -> None:
         try:
@@ -285,6 +335,7 @@ class _Candidate(Side):
     ) -> None:
         super().__init__(module, inputs)
         self.map, self.kept, self.groups = replay.map, replay.kept, groups
+        self.run.careful = replay.original.writes
         self.number = {n.name: i for i, n in enumerate(self.nodes)}
         self.versions = {name: t._version for name, t in self.tensors.items()}
         cuts = [n.name for n in self.nodes if n.name in self.map.cuts]
@@ -330,7 +381,7 @@ class _Candidate(Side):
         for i, values in enumerate(found.values):
             self.run.env = self.run.envs[i]
             for n in wanted - fetched:
-                self.run.env[n] = _copied(values[n.name])
+                self.run.env[n] = self._copied(values[n.name])
             for n in fetched:
                 self.run.env[n] = self.run.run_node(n)
         self.at = at
@@ -347,7 +398,7 @@ class _Candidate(Side):
                 if storage_key(t) not in seen:
                     seen.add(storage_key(t))
                     size += t.untyped_storage().nbytes()
-            values.append({n: _copied(v) for n, v in held.items()})
+            values.append({n: self._copied(v) for n, v in held.items()})
         at = self.map.position[name]
         written = {
             k: t.detach().clone()
@@ -356,7 +407,8 @@ class _Candidate(Side):
         }
         self.kept.put(self._key(name), Snapshot(values, written, size))
 
-
-def _copied(value: Any) -> Any:
-    """Tensors as copies: what runs later may write to them."""
-    return tree_map_only(Tensor, lambda t: t.clone(), value)
+    def _copied(self, value: Any) -> Any:
+        """Tensors as copies, where what runs later may write to them."""
+        if not self.run.careful:
+            return value
+        return tree_map_only(Tensor, lambda t: t.clone(), value)
