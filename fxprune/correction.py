@@ -83,27 +83,23 @@ def correction(
         error = error.movedim(channel, -1) / slope
         for e, u in _patches(product, error, taps, original.sizes[i]):
             sums.add(e, u, fold)
-    if ridge is None and min(sums.counts) > 0:
-        ridge, _ = sums.chosen(centred, None)
-        if ridge is None:
-            return _mean_only(sums, product, centred, refit)
     both = sums.joint((0, 1) if refit or sums.counts[0] == 0 else (0,), centred)
-    found = both.fit(RIDGE if ridge is None else ridge, None)
+    found, mean = torch.zeros_like(both.across), centred
+    if ridge is None and min(sums.counts) > 0:
+        choice = sums.chosen(centred, None)
+        ridge, mean = choice.ridge, choice.mean
+    else:
+        ridge = RIDGE if ridge is None else ridge
+    if ridge is not None:
+        found = both.fit(ridge, None)
+    elif not mean:
+        return None
     if not bool(found.isfinite().all()):
         raise Cannot("the moments of its input are not finite")
-    shift = both.rest - (found @ both.mean[:, :, None])[:, :, 0]
     weight = torch.zeros(*found.shape[:2], *_sizes(product), dtype=torch.float64)
     weight[..., taps] = found.unflatten(2, (-1, len(taps)))
-    return Step(weight, shift.flatten() if centred else torch.zeros_like(shift.flatten()))
-
-
-def _mean_only(sums: Folds, product: Product, centred: bool, refit: bool) -> Step | None:
-    if not centred:
-        return None
-    both = sums.joint((0, 1) if refit else (0,), centred)
-    groups, outs = both.rest.shape
-    weight = torch.zeros(groups, outs, *_sizes(product), dtype=torch.float64)
-    return Step(weight, both.rest.flatten())
+    shift = both.left(found).flatten()
+    return Step(weight, shift if mean else torch.zeros_like(shift))
 
 
 def _sizes(product: Product) -> tuple[int, int]:

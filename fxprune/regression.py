@@ -77,6 +77,10 @@ class Joint:
         rest = (outputs @ self.rest[:, :, None])[:, :, 0]
         return Joint(self.count, rest, self.mean, outputs @ self.across, self.inside)
 
+    def left(self, found: Tensor) -> Tensor:
+        """[g, v] mean of X - (E + found) X'."""
+        return self.rest - (found @ self.mean[:, :, None])[:, :, 0]
+
     def error(self, found: Tensor) -> float:
         """|X - (E + found) X'|^2 less |X - E X'|^2."""
         return float((found * (found @ self.inside - 2 * self.across)).sum())
@@ -128,32 +132,47 @@ class Folds:
 
     def chosen(
         self, centred: bool, outputs: Tensor | None, guesses: Sequence[Tensor] = ()
-    ) -> tuple[float | None, Tensor | None]:
-        """The ridge (None: the guess as it is) and the guess (None: none) of least error.
+    ) -> Choice:
+        """What leaves the least error on the held-out rows.
 
         ``outputs`` [g, f, v]: see :meth:`Pair.solve`; None: the variables themselves count.
         """
         fitted, held = self.joint((0,), centred), self.joint((1,), centred)
         if outputs is not None:
             fitted, held = fitted.seen_by(outputs), held.seen_by(outputs)
-        best: tuple[float, float | None, Tensor | None] = (0.0, None, None)  # E X' as it is
+        best = Choice(None, None, False, float("inf"))
         for guess in (None, *guesses):
             seen = torch.zeros_like(held.across)
             if guess is not None:
                 seen = guess if outputs is None else outputs @ guess
             tried: list[float | None] = [None, *RIDGES]
             for ridge in tried:
-                error = held.error(seen if ridge is None else fitted.fit(ridge, seen))
-                if error < best[0]:
-                    best = error, ridge, guess
-        return best[1:]
+                found = seen if ridge is None else fitted.fit(ridge, seen)
+                left = held.left(found)
+                moved = float((left - fitted.left(found)).square().sum())
+                still = float(left.square().sum())
+                error = held.error(found) + (min(moved, still) if centred else 0.0)
+                if error < best.error:
+                    best = Choice(ridge, guess, centred and moved < still, error)
+        return best
+
+
+@dataclass(frozen=True)
+class Choice:
+    """ridge: None: the guess as it is; guess: None: E X'; mean: whether the mean moves; error."""
+
+    ridge: float | None
+    guess: Tensor | None
+    mean: bool
+    error: float
 
 
 class Pair:
     """Moments of X' and of X - E X'.
 
     ``keep`` [groups, v]: the original's variables that are kept. A convolution group that keeps
-    nothing is gone; the others keep equally many. ``unchanged``: whether X = E X' in every row.
+    nothing is gone; the others keep equally many. ``unchanged``: whether X = E X' in every row;
+    ``dropped``: whether no fit was better than E X' on the held-out rows.
     """
 
     def __init__(self, keep: BoolArray) -> None:
@@ -165,7 +184,7 @@ class Pair:
             raise Cannot(f"its convolution groups keep different numbers of inputs: {widths}")
         order = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable"))
         self.kept = order[self.alive, : widths.pop()]
-        self.unchanged = True
+        self.unchanged, self.dropped = True, False
         self.folds = Folds()
 
     def add(self, x: Tensor, y: Tensor, fold: int = 0) -> None:
@@ -196,18 +215,21 @@ class Pair:
         counts = self.folds.counts
         whole = self.folds.joint((0, 1) if refit or counts[0] == 0 else (0,), centred)
         guess: Tensor | None = guesses[-1] if guesses else None
+        mean = centred
         if ridge is not None or outputs is None or min(counts) == 0:
             found = whole.fit(RIDGE if ridge is None else ridge, guess)
         else:
-            ridge, guess = self.folds.chosen(centred, outputs, guesses)
-            if ridge is not None:
-                found = whole.fit(ridge, guess)
+            choice = self.folds.chosen(centred, outputs, guesses)
+            guess, mean = choice.guess, choice.mean
+            self.dropped = choice.ridge is None and guess is None
+            if choice.ridge is not None:
+                found = whole.fit(choice.ridge, guess)
             else:
                 found = torch.zeros_like(whole.across) if guess is None else guess
         if not bool(found.isfinite().all()):
             raise Cannot("the moments of its input are not finite")
-        offset = whole.rest - (found @ whole.mean[:, :, None])[:, :, 0]
+        offset = whole.left(found)
         every = torch.arange(self.keep.shape[1]).expand(len(self.alive), -1)
         return Solved(
-            self.alive, self.kept, every, found, offset if centred else torch.zeros_like(offset)
+            self.alive, self.kept, every, found, offset if mean else torch.zeros_like(offset)
         )

@@ -299,6 +299,8 @@ class Walk:
         self.repaired.append(consumer.key)
         if isinstance(place, str):
             self.skipped[consumer.key] = f"{place}; fitted without a mean part"
+        if pair.dropped:
+            self.skipped[consumer.key] = "no fit of its inputs was better on held-out samples"
         self._correct(consumer, centred)
 
     def _correct(self, consumer: Consumer, centred: bool) -> None:

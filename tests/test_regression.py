@@ -54,10 +54,11 @@ def test_the_ridge_follows_the_number_of_rows() -> None:
     assert small is not None
     assert loss(chosen, noise) < 0.7 * loss(small, noise)
     many = pair(5000, noise)
-    ridge, guess = many.folds.chosen(True, EVERY)
-    assert guess is None
-    assert ridge is not None
-    assert ridge <= 1e-2
+    choice = many.folds.chosen(True, EVERY)
+    assert choice.guess is None
+    assert choice.mean
+    assert choice.ridge is not None
+    assert choice.ridge <= 1e-2
 
 
 def test_pure_noise_leaves_the_cut_alone() -> None:
@@ -69,6 +70,7 @@ def test_pure_noise_leaves_the_cut_alone() -> None:
     solved = made.solve(None, True, EVERY)
     assert solved.regression is not None
     assert not solved.regression.any()
+    assert made.dropped
     assert torch.allclose(solved.offset[0, :8], torch.zeros(8, dtype=torch.float64), atol=1e-12)
 
 

@@ -409,3 +409,20 @@ def test_prune_reports_the_form() -> None:
     assert repair["form"] in ("sequential", "one-shot")
     best = min(repair["fitness"], key=repair["fitness"].get)
     assert repair["form"] == best
+
+
+def test_a_repair_is_not_worse_than_none_on_new_samples() -> None:
+    """Three samples for eight channels of noise: what they say does not hold for others."""
+    model, traced = make(
+        lambda: nn.Sequential(nn.Linear(40, 10), nn.Tanh(), nn.Linear(10, 3)), 1, 40
+    )
+    plan = without(traced, {"0.weight": (2, 7)})
+    small = cut(traced, plan)
+    repair_sequential(
+        traced, plan, small, [data(3, 40)], held_out=[data(60, 40, seed=2)], correct=False
+    )
+    wild = cut(traced, plan)
+    repair_sequential(traced, plan, wild, [data(3, 40)], ridge=TINY, correct=False)
+    x = data(500, 40, seed=3)
+    assert error(model, small, x) < 1.02 * error(model, cut(traced, plan), x)
+    assert error(model, small, x) < error(model, wild, x)
