@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import indexing  # noqa: F401 - registers its rewriting rules
+from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
 from fxprune.copies import copied
 from fxprune.leaves import fit, is_leaf
 from fxprune.rewrite import Rewriter
@@ -23,6 +23,8 @@ from fxprune.traced import Traced
 from fxprune.trees import map_tensors
 from fxprune.trees import tensors as tensors_in
 from fxprune.types import PrunePlan
+
+_OWN = "computes what the class does not"
 
 
 def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
@@ -35,8 +37,10 @@ def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
     source = traced.graph_module
     tensors = _sliced(source, sizes)
     modules = _modules(source, tensors, sizes)
-    graph = Rewriter(source.graph, sizes).run()
+    rewriter = Rewriter(source.graph, sizes)
+    graph = rewriter.run()
     result = fx.GraphModule(_attributes(source, tensors, modules), graph, source.__class__.__name__)
+    result.meta[_OWN] = rewriter.computes_more
     _add_unused(result, source, traced.captured.base)
     result.eval()
     return result
@@ -143,8 +147,10 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     """An instance of the user's class with the parameters of ``pruned``, or None.
 
     None where that class does not run at the new widths, or does not compute what the graph
-    computes on the example inputs.
+    computes on the example inputs, or by its operations cannot.
     """
+    if pruned.meta.get(_OWN):
+        return None
     base = traced.captured.base
     new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Rewriter:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.originals: dict[fx.Node, Any] = {}
+        self.afterwards: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
+        self.computes_more = False  # than the original with other constants
 
     def run(self) -> fx.Graph:
         for old in self.source.nodes:
@@ -43,6 +45,8 @@ class Rewriter:
             self.env[old] = new
             with self.graph.inserting_before(new):
                 self._rewrite(old, new)
+            if old in self.afterwards:
+                self.env[old] = self.afterwards[old](self.env[old])
         self._prune_sizes()
         self.graph.lint()
         return self.graph
@@ -56,6 +60,12 @@ class Rewriter:
             handler(self, old, new)
         elif _makes_tensors(self.sizes.old(old)) or self.sizes.old(old) is None:
             self.keep_numbers(old, new)
+
+    def then(self, node: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """``function(node, *args)`` right after a node of the new graph."""
+        self.computes_more = True
+        with self.graph.inserting_after(node):
+            return self.graph.call_function(function, (node, *args))
 
     # -- numbers ------------------------------------------------------------------------------
 
@@ -277,25 +287,6 @@ def number(r: Rewriter, value: Any) -> Any:
     return r.sizes.old(value) if isinstance(value, fx.Node) else value
 
 
-# -- functional layers ------------------------------------------------------------------------
-
-
-@register("mean")
-def _mean(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    """A mean over channels keeps its divisor: those that are gone were zero."""
-    r.keep_numbers(old, new)
-    source = r.sizes.coupling.values[source_of(old)]
-    dims = argument(old, 1, "dim", keywords(old).get("axis"))
-    if dims is None or dims == ():
-        dims = range(len(source.shape))
-    listed = [number(r, d) for d in (dims if isinstance(dims, (tuple, list, range)) else [dims])]
-    now = r.sizes.shape(source)
-    share = prod(now[d] for d in listed) / prod(source.shape[d] for d in listed)
-    if share != 1:
-        with r.graph.inserting_after(new):
-            r.env[old] = r.graph.call_function(operator.mul, (new, share))
-
-
 def argument(old: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return keywords(old).get(
         name, arguments(old)[position] if len(arguments(old)) > position else default
@@ -307,6 +298,9 @@ def set_argument(new: fx.Node, position: int, name: str, value: Any) -> None:
         new.update_arg(position, value)
     else:
         new.update_kwarg(name, value)
+
+
+# -- functional layers ------------------------------------------------------------------------
 
 
 @register("layer_norm", "rms_norm")

@@ -312,6 +312,8 @@ SUMS = {
     "sum": lambda x: x + x.relu().sum(-1, keepdim=True).tanh(),
     "unit": lambda x: F.normalize(x, dim=-1),
     "sigmoid": lambda x: x * x.sigmoid().mean(-1, keepdim=True),
+    "maximum": lambda x: x * x.amax(-1, keepdim=True).tanh(),
+    "least": lambda x: x + torch.min(x, -1, keepdim=True)[0],
     "centred": lambda x: x - x.mean(-1, keepdim=True),
     "response": lambda x: x * (g := x.norm(p=2, dim=1, keepdim=True)) / (g.mean(-1, True) + 0.1),
 }

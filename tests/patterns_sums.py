@@ -56,6 +56,12 @@ class ResponseNorm(nn.Module):
         return self.b(y + self.e(self.gamma * (z * g) + self.beta + z))
 
 
+def _attended(y: Tensor) -> Tensor:
+    """Spatial attention: a gate from mean and maximum over the channels."""
+    both = torch.cat([y.mean(1, keepdim=True), torch.max(y, 1, keepdim=True)[0]], 1)
+    return y * F.conv2d(both, both.new_ones(1, 2, 3, 3), padding=1).sigmoid()
+
+
 _ADDED_UP = {
     "sum": lambda y: y * y.sum(1, keepdim=True),
     "mean": lambda y: y * y.mean(1, keepdim=True),
@@ -72,6 +78,12 @@ _ADDED_UP = {
         (t := y.flatten(2).transpose(1, 2)) * t.square().mean(-1, keepdim=True)
     ).transpose(1, 2).view(y.shape),
     "written zero": lambda y: y * y.clone().masked_fill(y > 1, 0).mean(1, keepdim=True),
+    "amax": lambda y: y * (2 - y.amax(1, keepdim=True)),
+    "amin": lambda y: y * torch.amin(y - y.flip(2), (1, 2), keepdim=True),
+    "max": lambda y: (z := y - y.flip(3)) * torch.max(z, dim=1, keepdim=True)[0].sigmoid(),
+    "max values": lambda y: (z := y - y.flip(3)) * z.max(1, True).values.sigmoid(),
+    "max of all": lambda y: y * (y - y.flip(3)).max(),
+    "attended": lambda y: _attended(y - y.flip(3)),
     "cosine": lambda y: y * F.cosine_similarity(y, y.square() + y, dim=1)[:, None],
 }  # fmt: skip
 
@@ -89,6 +101,12 @@ _ADDED_UP = {
 @case("a.weight:0 b.weight:1", kind="halves")
 @case("a.weight:0 b.weight:1", kind="tokens")
 @case("a.weight:0 b.weight:1", kind="written zero")
+@case("a.weight:0 b.weight:1", kind="amax")
+@case("a.weight:0 b.weight:1", kind="amin")
+@case("a.weight:0 b.weight:1", kind="max")
+@case("a.weight:0 b.weight:1", kind="max values")
+@case("a.weight:0 b.weight:1", batch=False, kind="max of all")
+@case("a.weight:0 b.weight:1", kind="attended")
 @case("a.weight:0 b.weight:1", kind="cosine")
 class AddedUp(Between):
     """Removed channels are zero: adding them up changes nothing."""
@@ -110,6 +128,8 @@ _NOT_ZERO = {
     "written view": lambda y: y * _written_view(y).mean(1, keepdim=True),
     "padded": lambda y: y * F.pad(y, (1, 1, 1, 1), value=1.0)[:, :, 1:-1, :-2].mean(1, True),
     "maximum": lambda y: y * (y - 1).amax(1, keepdim=True),
+    "its position": lambda y: y + y.max(1, keepdim=True)[1],
+    "position too": lambda y: y * sum(y.max(1, keepdim=True)),
     "least norm": lambda y: y + torch.linalg.vector_norm(y, -1.0, dim=1, keepdim=True),
     "variance": lambda y: y * y.var(1, keepdim=True),
     "cosine": lambda y: y * torch.cos(y).sum(1, keepdim=True),
@@ -140,6 +160,8 @@ def _written_view(y: Tensor) -> Tensor:
 @case("m.weight:0", "a.weight:0", kind="written view")
 @case("m.weight:0", "a.weight:0", kind="padded")
 @case("m.weight:0", "a.weight:0", kind="maximum")
+@case("m.weight:0", "a.weight:0", kind="its position")
+@case("m.weight:0", "a.weight:0", kind="position too")
 @case("m.weight:0", "a.weight:0", kind="least norm")
 @case("m.weight:0", "a.weight:0", kind="variance")
 @case("m.weight:0", "a.weight:0", kind="cosine")

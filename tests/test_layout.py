@@ -20,7 +20,18 @@ ORDER = [
     *("copies", "attention", "leaves"),
     # the engine
     *("values", "whole", "tracing", "rephrase", "capture"),
-    *("coupling", "lifetimes", "cost", "traced", "sizes", "rewrite", "indexing", "cut", "extend"),
+    *(
+        "coupling",
+        "lifetimes",
+        "cost",
+        "traced",
+        "sizes",
+        "rewrite",
+        "indexing",
+        "reductions",
+        "cut",
+        "extend",
+    ),
     # the stages on top of it
     *(
         "moments",

@@ -142,6 +142,7 @@ class Labels:
         self.opaque = False  # inside a module that was not traced through
         self.expands = False  # inside a call whose expanded extents follow what they meet
         self.averages = False  # inside a call whose divisor can be rewritten
+        self.extremes = False  # inside a maximum or minimum that can be
         self.literal = False  # inside a call whose positions are constants, and can be rewritten
         self.dirty: dict[int, Any] = {}  # memory written to: what is in it does not vanish
 

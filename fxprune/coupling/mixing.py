@@ -82,6 +82,8 @@ def _adds_up(labels: Labels, name: str, args: Sequence[Any]) -> bool:
     if name in ("linalg_vector_norm", "norm"):
         order = args[1] if len(args) > 1 else 2
         adds = order is None or (isinstance(order, (int, float)) and order >= 0)
+    elif name in ("amax", "amin", "max", "min"):
+        adds = labels.extremes
     else:
         adds = name == "sum" or (name == "mean" and labels.averages)
     return adds and labels.vanishes(args[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = self._is_opaque(n)
         self.labels.literal = n.op != "call_module" and _addresses_literally(n)
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
+        self.labels.extremes = n.op != "call_module" and _extreme_alone(n)
         self.labels.expands = n.op != "call_module" and _expands(n)
         with SizesRead(self.labels) if self.labels.opaque else self.composites:
             result = super().run_node(n)
@@ -226,6 +228,18 @@ def _addresses_literally(node: fx.Node) -> bool:
     if call_name(node) not in ("getitem", "index_select", "roll"):
         return False
     return all(n.op == "get_attr" for n in node.all_input_nodes[1:])
+
+
+def _extreme_alone(node: fx.Node) -> bool:
+    """A maximum or minimum of which only the values are used, not their positions."""
+    name = call_name(node)
+    whole = len(node.args) == 1 and not node.kwargs  # one number
+    if name in ("amax", "amin") or (name in ("max", "min") and whole):
+        return True
+    values = ((operator.getitem, 0), (getattr, "values"))
+    return name in ("max", "min") and all(
+        len(u.args) > 1 and (u.target, u.args[1]) in values for u in node.users
+    )
 
 
 def call_name(node: fx.Node) -> str:
