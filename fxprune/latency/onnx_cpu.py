@@ -64,9 +64,10 @@ def time_product(target: Target, family: Family, widths: tuple[int, ...]) -> Sam
 def _own(events: list[dict[str, Any]], whole: Sample) -> Sample:
     """What the product took, of runs that took ``whole``.
 
-    The profile's clock is the wall clock. Few runs of a node are interrupted by other processes,
-    so the low quantile of its times is its time; never more than what the whole run's clock, less
-    what is beside it, leaves.
+    The profile's clock is the wall clock. Few runs of a short node are interrupted by other
+    processes, so the low quantile of its times is its time. A long node may be interrupted each
+    time; then the whole run's clock, less what is beside the product, is nearer. Both can only be
+    too high.
     """
     taken: dict[str, list[float]] = {}
     for e in events:
@@ -79,8 +80,8 @@ def _own(events: list[dict[str, Any]], whole: Sample) -> Sample:
     beside = {n for n in names if n.startswith(("pre", "post"))}
     beside |= {n for n in (names[0], names[-1]) if n.startswith("Reorder")}
     own = sum(quiet[n] for n in names if n not in beside)
-    rest = whole.ms - sum(quiet[n] for n in beside)
-    own = min(own, rest) if rest > 0.5 * own else own
+    rest = whole.ms - sum(min(taken[n]) for n in beside)
+    own = min(own, rest) if rest > 0 else own
     return Sample(own, whole.runs, whole.spread)
 
 
