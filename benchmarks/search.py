@@ -223,29 +223,42 @@ def plain(s: Setting, plan: PrunePlan) -> tuple[float, dict[str, float]]:
     return value, parts
 
 
+@functools.cache
+def undisturbed() -> tuple[str, float]:
+    """(plan as JSON, seconds) of the search that is killed."""
+    import test_journal
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        plan = test_journal.search(Path(folder) / "search.jsonl", loss=slowly, max_evaluations=60)
+        return plan.to_json(), time.perf_counter() - start
+
+
+def slowly(plan: PrunePlan) -> float:
+    """A fitness that takes a while; tests/test_journal.py has the model."""
+    import test_journal
+
+    time.sleep(0.01)
+    return test_journal.loss_of(test_journal.model())(plan)
+
+
 def kill(number: int) -> Cell:
     """A search is killed by SIGKILL at a random time; is the plan of the resumed one the same?"""
     import test_journal
 
+    whole, seconds = undisturbed()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "search.jsonl"
-        loss = test_journal.loss_of(test_journal.model())
-
-        def slow(plan: PrunePlan) -> float:
-            time.sleep(0.01)
-            return loss(plan)
-
         child = os.fork()
         if child == 0:
-            test_journal.search(path, loss=slow, max_evaluations=60)
+            test_journal.search(path, loss=slowly, max_evaluations=60)
             os._exit(0)
-        time.sleep(float(np.random.default_rng(number).uniform(0, 2)))
+        time.sleep(float(np.random.default_rng(number).uniform(0, seconds)))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         events = path.read_bytes().count(b"\n") if path.exists() else 0
         resumed = test_journal.search(path, max_evaluations=60)
-        whole = test_journal.search(None, max_evaluations=60)
-    return {"same": resumed.to_json() == whole.to_json(), "events": events}
+    return {"same": resumed.to_json() == whole, "events": events}
 
 
 # --- the run ----------------------------------------------------------------------------------
