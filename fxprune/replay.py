@@ -31,13 +31,15 @@ from fxprune.moments import Layout
 from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot
 from fxprune.renorm import some
-from fxprune.sequential import HELD_OUT, Walk, in_pieces
+from fxprune.sequential import HELD_OUT, Walk, in_pieces, live_profile
 from fxprune.sides import Rows, Side
 from fxprune.traced import Traced
 from fxprune.types import ChannelGroup, Consumer, PrunePlan
 
 MAX_SAMPLES = 128  # for the repair of candidates; the final repair takes more
-MAX_BYTES = 1 << 30  # of activations that are kept at cut points, and of the original's rows
+MAX_BYTES = 1 << 30  # of activations that are kept at cut points
+MAX_LIVE = 2 << 30  # of activations of a candidate at a time, and of the original's rows
+FEWEST = 16  # samples that repair and compare, however large they are
 MAX_CUTS = 32  # cut points
 
 Once: TypeAlias = Callable[[list[str]], Callable[[PrunePlan, fx.GraphModule], object]]
@@ -49,6 +51,7 @@ class Replay:
 
     repair    batches for the repair, the first ``max_samples`` samples count
     held_out  batches whose outputs are wanted
+    max_live  bytes of activations: where they do not suffice, fewer samples repair and compare
     once      consumers (keys) that the sequential form cannot treat -> their one-shot repair
 
     Equal to cut, the one-shot repair, :func:`sequential.repair_sequential` on the same samples
@@ -65,10 +68,14 @@ class Replay:
         *,
         max_samples: int = MAX_SAMPLES,
         max_bytes: int = MAX_BYTES,
+        max_live: int = MAX_LIVE,
     ) -> None:
         self.traced = traced
-        repair = _in_folds([p for b in some(repair, max_samples) for p in in_pieces(b)])
-        held_out = [b if isinstance(b, tuple) else (b,) for b in held_out]
+        room = _affordable(traced, some(repair, 1)[0], max_live)
+        held_out = some(held_out, max(FEWEST, room // 2))
+        room -= sum(samples_of(b) for b in held_out)
+        repair = some(repair, max(FEWEST, min(max_samples, room)))
+        repair = _in_folds([p for b in repair for p in in_pieces(b)])
         self.inputs, self.held_out = [*repair, *held_out], len(held_out)
         with exact_arithmetic(), evaluating(traced.graph_module):
             self.original = Recorded(traced, repair)
@@ -100,6 +107,15 @@ class Replay:
             side = Side(module, self.inputs[: len(self.inputs) - self.held_out])
             side.run.careful = self.original.writes
             Walk(self.traced, plan, self.original, side).run()
+
+
+def _affordable(traced: Traced, one: tuple[Any, ...], most: int) -> int:
+    """How many samples may pass a candidate together, and have their rows kept."""
+    module = traced.graph_module
+    with exact_arithmetic(), evaluating(module):
+        live = max(live_profile(module, one).values(), default=1)
+        rows = Recorded(traced, [one]).bytes
+    return most // max(1, live, rows // samples_of(one))
 
 
 def _nothing(plan: PrunePlan, module: fx.GraphModule) -> None:
@@ -188,6 +204,12 @@ class Recorded:
             torch.equal(a.values, b.values) for a, b in zip(before, found, strict=True)
         )
         return before if same else [Rows(r.values.clone(), r.extent) for r in found]
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows."""
+        every = {id(r): r.values.nbytes for rows in self._rows.values() for r in rows}
+        return sum(every.values())
 
     def reach(self, name: str) -> None:
         """Nothing has to run."""

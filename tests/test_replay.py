@@ -136,6 +136,16 @@ def test_mending_gives_the_module_whose_outputs_were_replayed() -> None:
     torch.testing.assert_close(module(held), replay.outputs(plan)[0], rtol=1e-9, atol=1e-11)
 
 
+def test_large_samples_are_fewer() -> None:
+    traced, once, replay, *_ = made()
+    assert sum(replay.original.sizes) == 20 and len(replay.outputs(PrunePlan({}))[0]) == 20
+    x = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for sample_bytes, repair, compared in ((1, 60, 60), (1 << 20, 16, 16)):
+        few = Replay(traced, [x], [x], once.only, max_live=(1 << 20) * 40 // sample_bytes)
+        assert sum(few.original.sizes) == repair
+        assert len(few.outputs(PrunePlan({}))[0]) == compared
+
+
 def test_snapshots_that_served_stay_longest() -> None:
     store = Snapshots(100)
     for name in "abcd":
