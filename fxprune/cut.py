@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
 from fxprune.copies import copied
 from fxprune.leaves import fit, is_leaf
+from fxprune.parametrized import settle, source
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
@@ -100,10 +102,24 @@ def _modules(
             old = source.get_submodule(path)
             if id(old) not in made:
                 made[id(old)] = copy_module(old, tensors)
+                if isinstance(old, ParametrizationList):
+                    _settle(old, made[id(old)], path, sizes)
                 dim = -1 if isinstance(old, (nn.LayerNorm, nn.RMSNorm)) else 1
                 fit(made[id(old)], sizes.kept_along(inputs.get(path), dim))
             modules[path] = made[id(old)]
     return modules
+
+
+def _settle(old: ParametrizationList, new: nn.Module, path: str, sizes: Sizes) -> None:
+    """The parameters behind a weight are set so that it is the old one at its kept positions."""
+    assert isinstance(new, ParametrizationList)
+    weight = old().detach()
+    name = source(old)
+    for d in range(weight.dim()):
+        index = None if name is None else sizes.kept_index(f"{path}.{name}", d)
+        if index is not None:
+            weight = weight.index_select(d, torch.from_numpy(index).to(weight.device))
+    settle(new, weight)
 
 
 def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 from torch.fx.proxy import TraceError
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs
@@ -70,6 +71,8 @@ class ConcreteTracer(fx.Tracer):
     # -- what becomes a node ------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, ParametrizationList):
+            return True
         if isinstance(m, torch.jit.ScriptModule):
             self.whole.modules.setdefault(module_qualified_name, "a scripted module")
         if module_qualified_name in self.whole.modules:

@@ -19,7 +19,7 @@ ORDER = [
     *("errors", "isolate", "progress", "tables", "types", "inputs", "trees", "products"),
     *("copies", "attention", "leaves"),
     # the engine
-    *("values", "whole", "tracing", "rephrase", "capture"),
+    *("values", "whole", "tracing", "rephrase", "parametrized", "capture"),
     *(
         "coupling",
         "lifetimes",

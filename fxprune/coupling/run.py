@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from fxprune import trees
+from fxprune import parametrized, trees
 from fxprune.capture import Captured, state_kept
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
@@ -182,8 +183,12 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.extremes = n.op != "call_module" and _extreme_alone(n)
         self.labels.expands = n.op != "call_module" and _expands(n)
-        with SizesRead(self.labels) if self.labels.opaque else self.composites:
-            result = super().run_node(n)
+        block = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        if isinstance(block, ParametrizationList):
+            result = self._parametrized(block)
+        else:
+            with SizesRead(self.labels) if self.labels.opaque else self.composites:
+                result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
             self.labels.created(result)
         self.values[n.name] = self._traits(result)
@@ -192,6 +197,27 @@ class _LabelInterpreter(fx.Interpreter):
             hidden = (t for t in trees.reachable(result) if isinstance(t, Tensor))
             self.labels.lock_all([*trees.tensors(result), *hidden], "model output")
         return result
+
+    def _parametrized(self, block: ParametrizationList) -> Tensor:
+        """The weight has the labels of the parameter of its shape, along the dims that may go."""
+        with _disable_current_modes():
+            weight: Tensor = block()
+            free, name = parametrized.free_dims(block), parametrized.source(block)
+        named = tensors_of(block)
+        behind = next((t for own, t in named if own == name), None)
+        fields = [f for f in self.labels.of(behind) if varying(f) <= free]
+        reason = f"{type(block[0]).__name__} cannot give fewer of them"
+        for _, t in named:
+            along = t.dim() == weight.dim()
+            for f in self.labels.of(t):
+                mine = [g for g in fields if along and varying(g) == varying(f)]
+                if mine and mine[0].shape == f.shape:
+                    self.labels.union(mine[0], f)
+                else:
+                    self.labels.lock(f, reason)
+        self.labels.put(weight, fields)
+        self.labels.vanish(weight)
+        return weight
 
     def _is_opaque(self, n: fx.Node) -> bool:
         """Whether what a node does inside is out of reach of rewriting."""
