@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.moments import chosen_positions
+from fxprune.moments import MAX_POSITIONS, chosen_positions
 from fxprune.products import Product
 from fxprune.regression import Cannot, Folds
 from fxprune.repair import RIDGE
@@ -33,6 +33,8 @@ from fxprune.types import BoolArray, Consumer
 
 MAX_CHAIN = 6  # nodes behind a consumer that are looked at
 MAX_PATCH = 1200  # k * T up to which all taps are fitted, above it only the middle one
+
+FEW_POSITIONS = 16  # of a sample, where an output reads one channel: few unknowns
 AT_ONCE = 1 << 24  # numbers of patches that are held at a time
 TOLERANCE = 1e-3  # of the slope, where a chain counts as affine
 LEAST_SLOPE = 1e-3  # of the largest one, below which an output does not reach Z
@@ -166,7 +168,8 @@ def _patches(
         yield e, x[:, None]
         return
     outs = error.shape[1:-1]
-    chosen = chosen_positions(outs.numel())
+    few = product.w.shape[1] == 1
+    chosen = chosen_positions(outs.numel(), FEW_POSITIONS if few else MAX_POSITIONS)
     at = torch.arange(outs.numel()) if chosen is None else chosen
     places, inside = _places(product, outs, at, taps)
     flat, e = x.flatten(2), error.flatten(1, -2)[:, at.to(error.device)].to(wide)

@@ -205,16 +205,16 @@ class RunningDisplacement:
 
 
 @functools.lru_cache(maxsize=64)
-def chosen_positions(positions: int) -> Tensor | None:
-    """MAX_POSITIONS positions of a sample, ascending, the same for every sample; None: all of them.
+def chosen_positions(positions: int, most: int = MAX_POSITIONS) -> Tensor | None:
+    """``most`` positions of a sample, ascending, the same for every sample; None: all of them.
 
     Drawn without replacement by a generator of its own: a regular stride would meet only some
     columns of an image.
     """
-    if positions <= MAX_POSITIONS:
+    if positions <= most:
         return None
     generator = torch.Generator().manual_seed(positions)
-    return torch.randperm(positions, generator=generator)[:MAX_POSITIONS].sort().values
+    return torch.randperm(positions, generator=generator)[:most].sort().values
 
 
 @dataclass(frozen=True)
