@@ -114,6 +114,8 @@ class Rewriter:
 
         A node may depend on the batch size, so it is scaled and not replaced by a number.
         """
+        if isinstance(arg, fx.Node) and _makes_tensors(self.sizes.old(arg)):
+            return self.env[arg]  # lengths that are data
         now = self.sizes.new(arg) if isinstance(arg, fx.Node) else arg
         if now == want or (not isinstance(arg, fx.Node) and arg == -1):
             return self.env[arg] if isinstance(arg, fx.Node) else arg

@@ -309,6 +309,47 @@ class GroupsInside(Base):
         return self.top(self.part(self.body(x)))
 
 
+class Elsewhere(Base):
+    """What the example's way does not show: another layer, channels by number, a fixed count."""
+
+    class Part(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind, self.other = kind, nn.Conv2d(12, 12, 1)
+            self.scale = torch.rand(1, 12, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.abs().max() < 50:
+                return x
+            if self.kind == "layer":
+                return self.other(x) * 0.01
+            return torch.cat([x[:, 6:], x[:, :6]], 1) if self.kind == "order" else x * self.scale
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.part = self.Part(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(self.part(self.body(x)))
+
+
+@pytest.mark.parametrize(("kind", "free"), [("layer", True), ("order", False), ("scale", False)])
+def test_branches_that_the_example_does_not_take(kind: str, free: bool) -> None:
+    torch.manual_seed(0)
+    model = randomise(Elsewhere(kind))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert float(model.body(x).abs().max()) < 50 < float(model.body(x * 1000).abs().max())
+    traced = trace(model, x)
+    assert ("body.3.weight:0" in prunable(traced)) is free
+    for seed in range(2):
+        plan = random_plan(traced, seed, 0.75)
+        pruned = cut(traced, plan)
+        assert traced.cost(plan).macs < traced.cost().macs
+        for data in (x, x * 1000):
+            assert oracle_error(traced, plan, pruned, (data,)) <= 1e-5
+
+
 CASES["double"] = (lambda: Base().double(), (), True)
 CASES["bfloat16"] = (lambda: Base().bfloat16(), (), True)
 CASES["DataParallel"] = (lambda: nn.DataParallel(Base()), (), True)

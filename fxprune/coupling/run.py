@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_map_only
 from fxprune import parametrized, trees
 from fxprune.capture import Captured, state_kept
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
+from fxprune.coupling.branches import all_ways, same_form
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
-from fxprune.coupling.rules import apply_rule
+from fxprune.coupling.rules import apply_rule, meet
 from fxprune.leaves import is_leaf
 from fxprune.products import Product, as_product, evaluating, storage_key
 from fxprune.types import IntArray
@@ -186,8 +187,11 @@ class _LabelInterpreter(fx.Interpreter):
         block = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(block, ParametrizationList):
             result = self._parametrized(block)
+        elif self.labels.opaque:
+            with SizesRead(self.labels):
+                result = self._every_way(n)
         else:
-            with SizesRead(self.labels) if self.labels.opaque else self.composites:
+            with self.composites:
                 result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
             self.labels.created(result)
@@ -196,6 +200,29 @@ class _LabelInterpreter(fx.Interpreter):
             self.labels.where = ""
             hidden = (t for t in trees.reachable(result) if isinstance(t, Tensor))
             self.labels.lock_all([*trees.tensors(result), *hidden], "model output")
+        return result
+
+    def _every_way(self, n: fx.Node) -> Any:
+        """A part that is kept whole, through all of its branches; the result is the example's."""
+        ways = all_ways(functools.partial(super().run_node, n))
+        result, _ = next(ways)
+        facts = self.labels.facts
+        ran = len(facts.contractions), len(facts.products), self.mode.count
+        given: list[Tensor] = trees.tensors(
+            [self.env[i] for i in n.all_input_nodes if i in self.env]
+        )
+        for other, cut_short in ways:
+            del facts.contractions[ran[0] :], facts.products[ran[1] :]  # the costs are the way's
+            self.mode.count = ran[2]
+            pairs = [] if other is None else same_form(result, other)
+            if pairs is None or cut_short:
+                why = "a part that is kept whole has more branches than can be followed"
+                self.labels.lock_all([*given, *trees.tensors([result, other])], why)
+                continue
+            for a, b in pairs:
+                fields = meet(self.labels, [a, b], a.dim()) if _fits(a, b) else None
+                if fields is None:
+                    self.labels.lock_all([a, b], "its size depends on a branch")
         return result
 
     def _parametrized(self, block: ParametrizationList) -> Tensor:
@@ -230,6 +257,11 @@ class _LabelInterpreter(fx.Interpreter):
             return Traits(tuple(t.shape), t.dtype, tuple(self.labels.of(t)))
 
         return trees.map_tensors(one, value)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of one part can stand in the same place: sizes broadcast."""
+    return all(p == q or 1 in (p, q) for p, q in zip(a.shape, b.shape, strict=True))
 
 
 def tensors_of(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
