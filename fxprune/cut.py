@@ -165,9 +165,9 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     None where that class does not run at the new widths, or does not compute what the graph
     computes on the example inputs, or by its operations cannot.
     """
-    if pruned.meta.get(_OWN):
-        return None
     base = traced.captured.base
+    if pruned.meta.get(_OWN) or isinstance(base, fx.GraphModule):
+        return None  # a graph module is no class: its sizes are written into its code
     new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)
     )

@@ -223,3 +223,12 @@ def test_what_guides_later_rounds_can_travel_to_workers() -> None:
 def test_bad_rounds_are_named(options: dict[str, Any], text: str) -> None:
     with pytest.raises(SpecError, match=text):
         prune(net(), **options)
+
+
+def test_rounds_of_a_graph_module_are_quiet(capfd: Any) -> None:
+    """The second round's model is a graph: fx would print each attempt that fails."""
+    with rng_kept(0):
+        model = Tokens()
+    result = prune(torch.fx.symbolic_trace(model), steps=2, allocation="uniform", criterion="l1")
+    assert isinstance(result.model, torch.fx.GraphModule)
+    assert capfd.readouterr()[1] == ""

@@ -20,73 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from tuning import Shaky, batches, loader, net, same, state, tune
 
-import fxprune
 from fxprune.errors import DataError, InputError, ModelError, SpecError
-from fxprune.isolate import rng_kept
-from fxprune.tune import Tuning, finetune
 from fxprune.tune import state as files
-
-
-class Net(nn.Module):
-    """Normalisation, dropout: all that makes training depend on order and random numbers."""
-
-    def __init__(self, drop: float = 0.2, norm: bool = True) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 32), nn.Linear(32, 4)
-        self.norm = nn.BatchNorm1d(32) if norm else nn.Identity()
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.drop(F.relu(self.norm(self.one(x)))))
-
-
-def net(**options: Any) -> nn.Module:
-    with rng_kept(0):
-        return Net(**options)
-
-
-class Shaky(Dataset[tuple[Tensor, int]]):
-    """Four directions in six dims, with noise from three libraries' global generators."""
-
-    def __init__(self, n: int = 40) -> None:
-        self.n = n
-        self.centres = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        noise = torch.randn(6) * 0.1 + random.random() * 0.1 + np.random.rand() * 0.1  # noqa: NPY002
-        return self.centres[i % 4] + noise.float(), i % 4
-
-
-def loader(seed: int | None = 7, n: int = 40) -> DataLoader[Any]:
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return DataLoader(Shaky(n), batch_size=8, shuffle=True, generator=generator)
-
-
-def batches(n: int = 4, size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    g = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(size, 6, generator=g), torch.randint(0, 4, (size,), generator=g))
-        for _ in range(n)
-    ]
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def tune(model: Any, data: Any, epochs: int = 2, **given: Any) -> fxprune.TuneResult:
-    own = {k: given.pop(k) for k in list(given) if k in Tuning.__dataclass_fields__}
-    return finetune(model, data, epochs, options=Tuning(**own), progress=False, **given)
-
 
 # --- what it learns -------------------------------------------------------------------------------
 
@@ -370,36 +308,6 @@ def test_no_module_and_nothing_to_tune() -> None:
         tune(net().requires_grad_(False), batches())
 
 
-# --- after pruning --------------------------------------------------------------------------------
-
-
-def test_a_prune_result_has_its_original_as_teacher(tmp_path: Path) -> None:
-    from fxprune.checkpoint import save
-
-    data = loader()
-    original = tune(net(), data, 4, lr=0.02).model
-    x = torch.stack([Shaky()[i][0] for i in range(40)])
-    pruned = fxprune.prune(
-        original, x[:1], 0.3, [x], round_to=1, allocation="uniform", repair=None, progress=False
-    )
-    before = state(pruned.model)
-    result = tune(pruned, data, 8, lr=0.01, distill=1.0)
-    assert same(before, state(pruned.model)) and result.pruned is not None
-    small, graph = result.pruned.model.eval(), result.pruned.graph_module.eval()
-    assert small.one.out_features < 32 and result.pruned.plan == pruned.plan
-    torch.testing.assert_close(small(x), graph(x))
-    assert not torch.allclose(pruned.model.eval()(x), small(x))
-    target = original.eval()(x).detach().softmax(1)
-    distances = [
-        float(F.kl_div(m.eval()(x).detach().log_softmax(1), target, reduction="batchmean"))
-        for m in (pruned.model, small)
-    ]
-    assert distances[1] < 0.5 * distances[0]
-    save(tmp_path / "out", result.pruned.graph_module, result.pruned.plan)
-    loaded = fxprune.load(tmp_path / "out", net(), x[:1]).eval()
-    torch.testing.assert_close(loaded(x), small(x))
-
-
 # --- several processes ----------------------------------------------------------------------------
 
 
@@ -452,36 +360,3 @@ def test_two_processes_equal_one_with_the_batches_together(tmp_path: Path, preci
         torch.testing.assert_close(first[name], value, **close)
     losses = [e[0] for e in told[0][0]]
     assert losses == pytest.approx([e.loss for e in one.history], rel=1e-5 if exact else 0.02)
-
-
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(6, 16), nn.Linear(3, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor, more: Tensor) -> Tensor:
-        return self.head(F.relu(self.a(x) + self.b(more)))
-
-
-@pytest.mark.parametrize("form", ["position", "keyword", "mapping"])
-def test_several_inputs(form: str) -> None:
-    with rng_kept(0):
-        model = Two()
-    pairs = [(x, torch.randn(len(x), 3), y) for x, y in batches(4)]
-    data: list[Any] = [((x, m), y) for x, m, y in pairs]
-    inputs: Any = pairs[0][:2]
-    if form != "position":
-        inputs = {"x": inputs[0], "more": inputs[1]}
-        data = [({"x": x, "more": m}, y) for x, m, y in pairs]
-    calibration = [d[0] for d in data]
-    if form == "mapping":
-        data = [{"more": m, "x": x, "labels": y} for x, m, y in pairs]
-    options = fxprune.Distillation(steps=4, batch_size=4)
-    result = fxprune.prune(model, inputs, 0.6, calibration, round_to=1, repair=options,
-                           progress=False, max_evaluations=2)  # fmt: skip
-    assert result.report["repair"]["distill"]["steps"] == 4
-    tuned = tune(result, data, 6, lr=0.02)
-    assert tuned.history[-1].loss < 0.9 * tuned.history[0].loss
-    assert tuned.pruned is not None
-    call = tuned.model(**inputs) if form != "position" else tuned.model(*inputs)
-    torch.testing.assert_close(call, tuned.pruned.graph_module(*pairs[0][:2]))

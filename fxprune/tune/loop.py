@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fxprune.checkpoint import check_finite
 from fxprune.errors import DataError, InputError, ModelError, SpecError
 from fxprune.imitate import Target
-from fxprune.inputs import Inputs
+from fxprune.inputs import Inputs, samples_of
 from fxprune.isolate import rng_kept
 from fxprune.pipeline import PruneResult
 from fxprune.products import evaluating
@@ -48,7 +48,8 @@ class Epoch:
 class TuneResult:
     """What :func:`finetune` gives.
 
-    model    a new model, the fine-tuned one, on the device and in the mode of the one given
+    model    a new model, the fine-tuned one, on the device and in the mode of the one given; of a
+             PruneResult whose class does not run in training mode, its graph module
     pruned   the PruneResult that was given with the tuned model and graph module in it, else None
     history  one entry for each epoch
     best     the epoch whose state ``model`` has, from 1; None: the last, nothing was evaluated
@@ -106,7 +107,7 @@ def finetune(
     """
     tuning = options or Tuning()
     pruned = model if isinstance(model, PruneResult) else None
-    student, device = _checked(pruned.model if pruned is not None else model, epochs)
+    student, device = _checked(_learner(pruned) if pruned is not None else model, epochs)
     given = pruned.analysis.captured.given if pruned is not None else None
     master = _teacher(teacher, pruned)
     start = time.perf_counter()
@@ -126,9 +127,31 @@ def finetune(
             job.run(progress)
     tuned = job.result(student, device)
     return TuneResult(
-        tuned, _with_model(pruned, tuned), tuple(job.history), job.best_epoch, job.step,
+        tuned, _with_model(pruned, tuned, student), tuple(job.history), job.best_epoch, job.step,
         job.resumed, round(time.perf_counter() - start, 3),
     )  # fmt: skip
+
+
+def _learner(pruned: PruneResult) -> nn.Module:
+    """The pruned model, or its graph where the class does not run in training mode.
+
+    Parts that only training uses (auxiliary heads) are not in the graph, so they were not cut.
+    """
+    if pruned.model is pruned.graph_module:
+        return pruned.model
+    given = pruned.analysis.captured.given
+    count = samples_of(given.values)
+
+    def two(t: Tensor) -> Tensor:  # one sample has no variance
+        return torch.cat([t, t]) if t.ndim and len(t) == count else t
+
+    inputs = torch.utils._pytree.tree_map_only(Tensor, two, tuple(given.values))
+    with rng_kept(), torch.no_grad():
+        try:
+            given.call(copy.deepcopy(pruned.model).train(), inputs)
+        except Exception:  # noqa: BLE001 - any failure means: it cannot be trained like this
+            return pruned.graph_module
+    return pruned.model
 
 
 def _checked(student: Any, epochs: int) -> tuple[nn.Module, torch.device]:
@@ -150,11 +173,13 @@ def _teacher(teacher: nn.Module | str | None, pruned: PruneResult | None) -> nn.
     return pruned.traced if pruned is not None else None
 
 
-def _with_model(pruned: PruneResult | None, tuned: nn.Module) -> PruneResult | None:
+def _with_model(
+    pruned: PruneResult | None, tuned: nn.Module, student: nn.Module
+) -> PruneResult | None:
     """``pruned`` with the tuned model, and a graph module that has its tensors' values."""
     if pruned is None:
         return None
-    if pruned.model is pruned.graph_module:
+    if student is pruned.graph_module:
         return replace(pruned, model=tuned, graph_module=tuned)  # type: ignore[arg-type]
     graph = copy.deepcopy(pruned.graph_module)
     new = tuned.state_dict()
