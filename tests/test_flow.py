@@ -319,7 +319,7 @@ class Elsewhere(Base):
             self.scale = torch.rand(1, 12, 1, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            if x.sum() < 3e4:
+            if x.sum() < 3e3:
                 return x
             if self.kind == "layer":
                 return self.other(x) * 0.01
@@ -339,7 +339,7 @@ def test_branches_that_the_example_does_not_take(kind: str, free: bool) -> None:
     model = randomise(Elsewhere(kind))
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        assert float(model.body(x).sum()) < 3e3 < 3e5 < float(model.body(x * 1000).sum())
+        assert float(model.body(x).sum()) < 1e3 < 9e4 < float(model.body(x * 1000).sum())
     traced = trace(model, x)
     assert ("body.3.weight:0" in prunable(traced)) is free
     for seed in range(2):

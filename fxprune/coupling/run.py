@@ -188,8 +188,7 @@ class _LabelInterpreter(fx.Interpreter):
         if isinstance(block, ParametrizationList):
             result = self._parametrized(block)
         elif self.labels.opaque:
-            with SizesRead(self.labels):
-                result = self._every_way(n)
+            result = self._every_way(n)
         else:
             with self.composites:
                 result = super().run_node(n)
@@ -204,7 +203,13 @@ class _LabelInterpreter(fx.Interpreter):
 
     def _every_way(self, n: fx.Node) -> Any:
         """A part that is kept whole, through all of its branches; the result is the example's."""
-        ways = all_ways(functools.partial(super().run_node, n))
+        one_way = functools.partial(super().run_node, n)
+
+        def run() -> Any:
+            with SizesRead(self.labels):
+                return one_way()
+
+        ways = all_ways(run)
         result, _ = next(ways)
         facts = self.labels.facts
         ran = len(facts.contractions), len(facts.products), self.mode.count
