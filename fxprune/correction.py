@@ -138,17 +138,31 @@ def _affine(consumer: Consumer, side: Side) -> tuple[list[str], Tensor]:
         if name is None:
             break
         longer = [*chain, name]
-        z = side.follow(value, longer, 0)
-        if not isinstance(z, Tensor) or z.shape != value.shape:
+        found = _slope(side, value, step, longer, rest)
+        if found is None:
             break
-        ratio = (side.follow(value + step, longer, 0) - z) / step
-        mean = ratio.mean(rest, keepdim=True)
-        far = (ratio - mean).abs().amax()
-        if not bool(far <= TOLERANCE * mean.abs().amax()):
-            break
-        chain, slope = longer, mean.flatten()
+        chain, slope = longer, found
     least = LEAST_SLOPE * slope.abs().amax()
     return chain, torch.where(slope.abs() > least, slope, torch.full_like(slope, torch.inf))
+
+
+def _slope(
+    side: Side, value: Tensor, step: Tensor, chain: Sequence[str], rest: list[int]
+) -> Tensor | None:
+    """[O] slope of each channel behind ``chain``; None where it is not affine or does not run.
+
+    ``rest``: all dims but the channels'.
+    """
+    try:
+        z = side.follow(value, chain, 0)
+        if not isinstance(z, Tensor) or z.shape != value.shape:
+            return None
+        ratio = (side.follow(value + step, chain, 0) - z) / step
+    except Exception:  # noqa: BLE001 - a node of the model may refuse values that it never meets
+        return None
+    mean: Tensor = ratio.mean(rest, keepdim=True)
+    far = (ratio - mean).abs().amax()
+    return mean.flatten() if bool(far <= TOLERANCE * mean.abs().amax()) else None
 
 
 def _patches(
