@@ -115,6 +115,16 @@ def test_the_peak_is_what_the_cut_graph_holds(name: str) -> None:
     assert (len(set(predicted.tolist())) > 1) == (name != "detector"), "its peak is in the head"
 
 
+@pytest.mark.parametrize("name", [n for n in list(CASES)[::6] if n != "ControlFlowOnData"])
+def test_odd_nets(name: str) -> None:
+    torch.manual_seed(0)
+    traced = trace(CASES[name].build().double(), CASES[name].example())
+    for seed in (1, 2):
+        plan = random_plan(traced, seed)
+        peak = measured_peak(cut(traced, plan), traced.example_inputs)
+        assert traced.cost(plan).memory == peak
+
+
 def test_closed_form() -> None:
     """3x3 convolution 3 -> k on 8x8, in-place relu, 1x1 convolution k -> 2; batch 4, float64."""
     model = nn.Sequential(
