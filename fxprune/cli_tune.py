@@ -1,7 +1,8 @@
 """``fxprune finetune``: the options, and the work behind them; :mod:`fxprune.cli` prints.
 
 What it is given is a folder that ``fxprune prune`` wrote, whose result.json names the original, or
-a model spec. With ``accelerate launch -m fxprune finetune ...`` processes share the batches.
+a model spec. Started by ``accelerate launch -m fxprune finetune ...``, or torchrun, processes
+share the batches.
 """
 
 from __future__ import annotations
