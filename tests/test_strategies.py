@@ -1,0 +1,135 @@
+"""Knapsack, finalists, and the searches beside ``local``."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from allocate_fakes import Fake, chain, group, problem, share_of
+from test_local import CHEAP, Counting, rough
+
+from fxprune import allocate
+from fxprune.allocate.knapsack import knapsack
+from fxprune.allocate.sensitivity import Sensitivity
+from fxprune.allocate.space import space_of
+from fxprune.allocate.spend import spend
+from fxprune.allocate.uniform import uniform_keys
+from fxprune.types import Budget, PrunePlan
+
+STRATEGIES = ("local", "evolution", "random", "greedy")
+
+
+@pytest.mark.parametrize("budget", [Budget(macs=0.45), Budget(macs=0.5, params=0.45)])
+def test_the_knapsack_is_solved_exactly_or_nearly(budget: Budget) -> None:
+    """Against full enumeration, with costs that are products of widths."""
+    gaps = []
+    for seed in range(12):
+        fake = chain(np.random.default_rng(seed), [48, 64, 40, 56])
+        space = space_of(problem(fake, 0.45, seed, budget=budget))
+        rng = np.random.default_rng(seed)
+        cut = 1 - space.table / space.table[:, -1:]
+        loss = rng.gamma(0.7, 1.0, (4, 1)) * cut ** rng.uniform(1.2, 3, (4, 1))
+        keys = uniform_keys(space)
+        found = knapsack(space, loss, keys, spend(space, keys))
+        assert space.holds(found[None])[0]
+        every = np.array(list(itertools.product(*[range(t + 1) for t in space.top])))
+        at = np.arange(4)
+        best = loss[at, every[space.holds(every)]].sum(1).min()
+        gaps.append(loss[at, found].sum() / best - 1)
+    assert min(gaps) >= -1e-12
+    assert np.median(gaps) <= 1e-3 and max(gaps) <= 0.05
+
+
+def test_one_layer_after_another_is_a_plain_knapsack() -> None:
+    """Groups that do not meet: costs are additive, so one integer programme is the optimum."""
+    groups = tuple(group(f"g{i}", n) for i, n in enumerate((64, 96, 32, 48)))
+    layers: list[tuple[int, ...]] = [(), (0,), (), (1,), (), (2,), (), (3,), ()]
+    fake = Fake(groups, layers, [7, 0, 3, 0, 20, 0, 11, 0])
+    space = space_of(problem(fake, 0.5))
+    loss = np.random.default_rng(0).gamma(1.0, 1.0, space.table.shape)
+    loss = np.sort(loss, axis=1)[:, ::-1] * (np.arange(loss.shape[1]) < space.top[:, None])
+    keys = uniform_keys(space)
+    found = knapsack(space, loss, keys, spend(space, keys))
+    every = np.array(list(itertools.product(*[range(t + 1) for t in space.top])))
+    at = np.arange(4)
+    best = loss[at, every[space.holds(every)]].sum(1).min()
+    assert loss[at, found].sum() == pytest.approx(best, rel=1e-3)
+
+
+def test_measured_curves_are_met_and_never_rise() -> None:
+    fake = chain(np.random.default_rng(6), [64, 96, 128, 40])
+    space = space_of(problem(fake, 0.5))
+    model = Sensitivity(space)
+    points = []
+    for f, step, value in [(0, 2, 1.0), (0, 5, 0.3), (1, 4, 2.0), (2, 3, float("inf"))]:
+        state = space.top.copy()
+        state[f] = step
+        points.append((state, 10.0 + value))
+    before = model.shape[:, 0].copy()
+    model.measure(10.0, points)
+    assert model.shape[0, 2] == pytest.approx(1.0) and model.shape[0, 5] == pytest.approx(0.3)
+    assert model.shape[1, 4] == pytest.approx(2.0)
+    assert (np.diff(model.shape, axis=1) <= 0).all() and (model.shape >= 0).all()
+    assert model.shape[3, 0] / before[3] == pytest.approx(model.shape[2, 0] / before[2])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_search_keeps_its_promises(name: str) -> None:
+    for seed, most in ((0, 1), (1, 7), (2, 40)):
+        fake = chain(np.random.default_rng(seed), [64, 96, 48, 80, 120])
+        fitness = Counting(rough(fake, seed))
+        made = problem(fake, 0.4, seed, fitness=fitness, max_evaluations=most)
+        plan = allocate.get(name)(made)
+        assert share_of(fake, plan) <= 0.4
+        assert len(set(fitness.asked)) == len(fitness.asked) == plan.meta["evaluations"] <= most
+        assert plan.meta["allocation"] == name
+        assert allocate.get(name)(made).to_json() == plan.to_json()
+        cheap = [fitness.loss(allocate.get(c)(made)) for c in CHEAP]
+        if most >= 7:
+            assert fitness.loss(plan) <= min(cheap) + 1e-12
+
+
+def test_every_search_gains_and_the_neighbourhood_more_than_chance() -> None:
+    found: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        fake = chain(rng, rng.integers(32, 256, 8).tolist())
+        loss = rough(fake, seed)
+        made = problem(fake, 0.4, seed, fitness=loss, max_evaluations=40)
+        uniform = loss(allocate.get("uniform")(made))
+        for name in STRATEGIES:
+            found[name].append(loss(allocate.get(name)(made)) / uniform)
+    mean = {name: float(np.mean(v)) for name, v in found.items()}
+    assert mean["local"] < 0.9 * mean["random"] and max(mean.values()) < 0.75
+
+
+def test_the_finalists_are_compared_by_the_dearer_fitness() -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    loss = rough(fake, 1)
+    asked: list[PrunePlan] = []
+
+    def final(plan: PrunePlan) -> float:
+        asked.append(plan)
+        return -loss(plan)  # the order turns round
+
+    made = problem(fake, 0.4, fitness=loss, max_evaluations=30)
+    first = allocate.get("local")(made)
+    turned = allocate.AllocationProblem(**{**vars(made), "finals": final})
+    plan = allocate.get("local")(turned)
+    told = plan.meta["finalists"]
+    assert 2 <= len(told) == len(asked) <= 5
+    assert [t["final"] for t in told] == [-loss(p) for p in asked]
+    assert plan.kept == max(asked, key=loss).kept != first.kept
+    assert plan.meta["fitness"] == loss(plan) and plan.meta["trace"] == first.meta["trace"]
+    starts = {"uniform", "global", "isomorphic"}
+    assert any(t["stage"] in starts for t in told), "the best start takes part"
+
+
+def test_finals_that_fail_leave_the_search_as_it_is() -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    made = problem(fake, 0.4, fitness=rough(fake, 1), max_evaluations=20)
+    options: dict[str, Any] = {**vars(made), "finals": lambda _: float("nan")}
+    plan = allocate.get("local")(allocate.AllocationProblem(**options))
+    assert plan.kept == allocate.get("local")(made).kept and "finalists" not in plan.meta
