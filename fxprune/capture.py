@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from fxprune.attention import TraceableAttention
 from fxprune.copies import copied
 from fxprune.errors import ModelError
-from fxprune.inputs import Inputs
+from fxprune.inputs import Inputs, longer
 from fxprune.products import evaluating
 from fxprune.rephrase import rephrase
 from fxprune.tracing import ConcreteTracer
-from fxprune.trees import reachable
+from fxprune.trees import reachable, tensors
 from fxprune.values import IN_PLACE
 from fxprune.whole import Whole, WholeModel
 
@@ -106,36 +106,63 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Trace ``model``; it is left as it was. Raises ModelError when it does not run."""
     inputs = Inputs.of(example_inputs)
     base = shared_copy(model)
-    whole = Whole()
     rng = torch.get_rng_state()
     try:
         with evaluating(base):
-            graph = _trace(base, inputs, whole) or WholeModel(base, inputs).graph()
+            gm, whole, counts = _captured(base, inputs, any_batch=False)
+            if counts and _bound_to_batch(gm, base, inputs):
+                gm, whole, _ = _captured(base, inputs, any_batch=True)
     finally:
         torch.set_rng_state(rng)
+    gm.__class__.__name__ = type(model).__name__
+    return Captured(gm, base, inputs, whole.reasons())
+
+
+def _captured(
+    base: nn.Module, inputs: Inputs, any_batch: bool
+) -> tuple[fx.GraphModule, Whole, bool]:
+    """The graph module, what stays whole in it, and whether Python may have counted samples."""
+    whole = Whole()
+    graph, counts = _trace(base, inputs, whole, any_batch)
     rephrase(graph)
     for node in graph.nodes:
         node.meta.pop("value", None)
     graph.eliminate_dead_code(lambda n: _impure(n, base))
-    gm = fx.GraphModule(base, graph, type(model).__name__)
-    gm.eval()
-    return Captured(gm, base, inputs, whole.reasons())
+    gm = fx.GraphModule(base, graph, type(base).__name__)
+    return gm.eval(), whole, counts
 
 
-def _trace(base: nn.Module, inputs: Inputs, whole: Whole) -> fx.Graph | None:
+def _trace(base: nn.Module, inputs: Inputs, whole: Whole, any_batch: bool) -> tuple[fx.Graph, bool]:
     """The graph; what cannot be recorded is added to ``whole``, the smallest part first.
 
-    None where that is the whole model.
+    And whether Python may have counted samples (see ConcreteTracer).
     """
     while True:
-        tracer = ConcreteTracer(inputs, whole)
+        tracer = ConcreteTracer(inputs, whole, any_batch)
         try:
             with state_kept(base):
-                return tracer.trace(base)
+                return tracer.trace(base), tracer.counts
         except Exception as error:  # noqa: BLE001 - user code may raise anything; it is kept
             _check_runs(base, inputs)
             if not whole.blame(error, tracer.failed):
-                return None
+                return WholeModel(base, inputs).graph(), False
+
+
+def _bound_to_batch(gm: fx.GraphModule, base: nn.Module, inputs: Inputs) -> bool:
+    """Whether the graph gives something else than the model for one sample more."""
+    more = longer(inputs.values)
+    try:
+        with state_kept(base):
+            expected = tensors(inputs.call(base, copy.deepcopy(more)))
+    except Exception:  # noqa: BLE001 - the model itself takes no other batch
+        return False
+    try:
+        with state_kept(gm):
+            given = tensors(gm.forward(*copy.deepcopy(more)))
+    except Exception:  # noqa: BLE001 - whatever it is, the model does not do it
+        return True
+    same = [a.shape == b.shape for a, b in zip(expected, given, strict=False)]
+    return not all(same)
 
 
 def _check_runs(base: nn.Module, inputs: Inputs) -> None:

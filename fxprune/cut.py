@@ -17,12 +17,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
 from fxprune.copies import copied
+from fxprune.inputs import longer
 from fxprune.leaves import fit, is_leaf
 from fxprune.parametrized import settle, source
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
-from fxprune.trees import map_tensors
 from fxprune.trees import tensors as tensors_in
 from fxprune.types import PrunePlan
 
@@ -194,11 +194,7 @@ def _batches(graph: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]
 
     A class with fixed sizes may happen to run at one batch size and fail at the next.
     """
-
-    def longer(x: Tensor) -> Tensor:
-        return torch.cat([x, x[:1]]) if x.dim() else x
-
-    more = tuple(map_tensors(longer, x) if isinstance(x, Tensor) else x for x in inputs)
+    more = longer(inputs)
     return [inputs, more] if _outputs(_positional(graph), more) is not None else [inputs]
 
 

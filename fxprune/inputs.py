@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +109,19 @@ def part_of(values: Sequence[Any], part: slice) -> tuple[Any, ...]:
         return value[part] if along else value
 
     return tuple(cut(v) for v in values) if divisible(values) else tuple(values)
+
+
+def longer(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The same with the first sample once more at the end."""
+    count = samples_of(values)
+
+    def grown(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: grown(v) for k, v in value.items()}
+        along = isinstance(value, Tensor) and value.dim() and len(value) == count
+        return torch.cat([value, value[:1]]) if along else value
+
+    return tuple(grown(v) for v in values)
 
 
 def divisible(values: Sequence[Any]) -> bool:

@@ -25,7 +25,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.errors import ModelError
-from fxprune.inputs import Inputs
+from fxprune.inputs import Inputs, divisible, samples_of
 from fxprune.leaves import is_leaf
 from fxprune.trees import holds, leaves
 from fxprune.values import Value, follows_data, is_traced, seen_as_values
@@ -50,9 +50,11 @@ class ConcreteTracer(fx.Tracer):
 
     failed    after an exception: path of the innermost module, and the exception
     dropped   after a trace: parts of the output that no graph can give -> their type
+    counts    after a trace: whether Python used a number that may be the number of samples;
+              with ``any_batch`` that is an error
     """
 
-    def __init__(self, inputs: Inputs, whole: Whole) -> None:
+    def __init__(self, inputs: Inputs, whole: Whole, any_batch: bool = False) -> None:
         super().__init__(autowrap_modules=(math,))
         self.inputs, self.whole = inputs, whole
         self.proxy_buffer_attributes = True
@@ -61,6 +63,8 @@ class ConcreteTracer(fx.Tracer):
         self.dropped: dict[str, str] = {}
         self.names: dict[int, str] = {}
         self.objects: dict[int, str] = {}
+        self.samples = samples_of(inputs.values) if divisible(inputs.values) else None
+        self.any_batch, self.counts = any_batch, False
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         tensors = list(root.named_parameters()) + list(root.named_buffers())
@@ -231,6 +235,7 @@ class ConcreteTracer(fx.Tracer):
         assert isinstance(obj, Value)
         obj.settled("its length")
         if isinstance(value, Tensor):
+            obj.counted(len(value))
             return iter(obj.unbind(0))
         items: Any = obj
         return iter([items[i] for i in range(len(value))])

@@ -57,10 +57,19 @@ class Value(fx.Proxy):
         return len(self.value)
 
     def __index__(self) -> int:
-        return int(self._number().__index__())
+        return self.counted(int(self._number().__index__()))
 
     def __int__(self) -> int:
-        return int(self._number())
+        return self.counted(int(self._number()))
+
+    def counted(self, number: int) -> int:
+        """``number``, which Python uses as such; noted where it may be the number of samples."""
+        tracer: Any = self.tracer
+        if number == tracer.samples:
+            if tracer.any_batch:
+                raise TraceError(f"Python counts with {self.node.name!r}, as it does with samples")
+            tracer.counts = True
+        return number
 
     def __float__(self) -> float:
         return float(self._number())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.traced import Traced
 from fxprune.trees import tensors
@@ -35,6 +36,13 @@ class _Masked(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         m = self.fetch_attr(target)
+        if isinstance(m, ParametrizationList):  # the weight is masked, not what it is made from
+            weight = super().call_module(target, args, kwargs)
+            for name, _ in m.named_parameters(recurse=False):
+                mask = self.keep.get(f"{target}.{name}")
+                if mask is not None and mask.shape == weight.shape:
+                    weight = weight * mask
+            return weight
         if isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
             keep = self.keep.get(f"{target}.weight")
             if keep is not None:
@@ -111,8 +119,10 @@ def masked_original(traced: Traced, plan: PrunePlan) -> Any:
             shape = [len(along) if d == dim else 1 for d in range(t.dim())]
             one = along.reshape(shape).expand(t.shape)
             keep[name] = keep[name] & one if name in keep else one
+        behind = {p for p, m in gm.named_modules() if isinstance(m, ParametrizationList)}
         for name, m in keep.items():
-            tensors[name].mul_(m.to(tensors[name].dtype))
+            if name.rpartition(".")[0] not in behind:
+                tensors[name].mul_(m.to(tensors[name].dtype))
     names = dict(gm.named_parameters(remove_duplicate=False))
     by_id = {id(t): n for n, t in tensors.items()}
     keep |= {n: keep[by_id[id(t)]] for n, t in names.items() if by_id.get(id(t)) in keep}

@@ -386,6 +386,30 @@ def test_oracle(name: str) -> None:
             assert relative_error(masked_original(traced, plan)(other), actual) <= tolerance
 
 
+class SampleBySample(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return torch.stack([self.head(y[i].mean((1, 2))) for i in range(len(y))])
+
+
+class Unbound(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.head(y.mean((1, 2))) for y in self.body(x)])
+
+
+@pytest.mark.parametrize("make", [SampleBySample, Unbound])
+def test_loops_over_the_samples_of_a_batch(make: type[nn.Module]) -> None:
+    """A graph has as many steps as the example; this is one for which any other batch counts."""
+    model = randomise(make())
+    traced = trace(model, torch.randn(2, 3, 8, 8))
+    plan = random_plan(traced, 1)
+    pruned = cut(traced, plan)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        assert oracle_error(traced, plan, pruned, (x,)) <= 1e-5
+        assert len(pruned(x)) == batch
+
+
 @pytest.mark.parametrize("keyword", [False, True])
 def test_any_number_of_inputs(keyword: bool) -> None:
     class Many(Base):
