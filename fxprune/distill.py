@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxprune.errors import SpecError
+from fxprune.errors import ModelError, SpecError
 from fxprune.imitate import Point, Target, points, spread, tapped
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
@@ -118,7 +118,7 @@ def distill(
              better; asked ``options.checks`` times
 
     Deterministic for a seed; global RNG states and ``requires_grad`` are put back.
-    Raises DataError where there is no sample, ModelError where there is no output to compare.
+    Raises DataError where there is no sample.
     """
     o = options or Distillation()
     inputs = some(batches, 1 << 62)
@@ -214,21 +214,37 @@ class _Run:
         self.teacher = tapped(traced.graph_module, names)
         self.student = tapped(module, names)
         self.module, self.o = module, o
-        some_inputs = some(inputs, SPREAD_SAMPLES)
-        self.spread = spread([Target.of(traced.graph_module(*x)) for x in some_inputs])
+        self.cannot = ""  # why outputs cannot be compared, where they cannot
+        self.spread = self._spread(traced, some(inputs, SPREAD_SAMPLES))
         self.best = {k: t.clone() for k, t in module.state_dict().items()}
         self.parameters = [p for p in module.parameters() if p.is_floating_point()]
 
-    def loss(self, batch: tuple[Any, ...]) -> Tensor:
+    def _spread(self, traced: Traced, inputs: Sequence[tuple[Any, ...]]) -> float:
+        try:
+            return spread([Target.of(traced.graph_module(*x)) for x in inputs])
+        except ModelError as e:
+            self.cannot = str(e)
+            return 1.0
+
+    def loss(self, batch: tuple[Any, ...]) -> Tensor | None:
+        """None where nothing can be compared. Outputs that do not have one form (a detector's
+        boxes) are left to the features."""
         with torch.no_grad():
             output, features = self.teacher(*batch)
-            target = Target.of(output)
         with torch.enable_grad():
             given, own = self.student(*batch)
-            loss = target.loss(given) / self.spread
+            parts: list[Tensor] = []
+            if not self.cannot:
+                try:
+                    parts.append(Target.of(output).loss(given) / self.spread)
+                except ModelError as e:
+                    self.cannot = str(e)
             pairs = zip(self.points, features, own, strict=True)
             errors = [p.loss(x, y) for p, x, y in pairs]
-            return loss + self.o.features * torch.stack(errors).mean() if errors else loss
+            if errors:
+                parts.append(self.o.features * torch.stack(errors).mean())
+            loss = sum(parts[1:], parts[0]) if parts else None
+            return loss if loss is not None and loss.requires_grad else None
 
     def run(
         self, samples: _Samples, measure: Callable[[fx.GraphModule], float], shown: Any
@@ -241,6 +257,9 @@ class _Run:
         best, note, step = curve[0], "", 0
         for step, batch in zip(range(1, o.steps + 1), samples, strict=False):
             loss = self.loss(batch)
+            if loss is None:
+                note = f"nothing of the outputs can be compared ({self.cannot or 'no gradient'})"
+                break
             value = float(loss.detach())
             if not math.isfinite(value):
                 note = f"the loss was {value} at step {step}; it ended there"

@@ -244,6 +244,34 @@ def test_bad_options_are_named(options: dict[str, Any], text: str) -> None:
         Distillation(**options)
 
 
+class Chooser(nn.Module):
+    """Numbers of classes: nothing to compare but inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(243, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.two(F.relu(self.one(x.flatten(1)))))).argmax(1)
+
+
+@pytest.mark.parametrize("features", [1.0, 0.0])
+def test_outputs_that_cannot_be_compared_are_left_to_the_features(features: float) -> None:
+    traced, plan, module, data = setting(Chooser)
+    last = points(traced, plan)[-1]
+
+    def measure(m: fx.GraphModule) -> float:
+        x, y = (tapped(g, [last.node])(data[4])[1][0] for g in (traced.graph_module, m))
+        return float(last.loss(x, y).detach())
+
+    options = Distillation(steps=30, features=features)
+    report = distill(traced, plan, module, data[:4], measure, options)
+    if features:
+        assert report.after < 0.7 * report.before
+    else:
+        assert report.after == report.before and "compared" in report.note
+
+
 def test_prune_with_distill() -> None:
     data = [images(16, s) for s in range(5)]
     held = images(64, 9)
