@@ -224,6 +224,13 @@ def test_tokens_make_a_square() -> None:
     assert pixels.size[0] == pixels.size[1] and 0 < shown.share < 1
 
 
+def test_a_sample_that_the_model_does_not_take(result: fxprune.PruneResult, tmp_path: Path) -> None:
+    text, page = written(result, tmp_path, inputs=torch.zeros(1, 7, 10, 10))
+    assert "No attention maps: RuntimeError" in text and not page.links
+    one, _ = written(result, tmp_path, inputs=torch.ones(1, 3, 10, 10))
+    assert one == written(result, tmp_path, inputs=(torch.ones(1, 3, 10, 10),))[0]
+
+
 def test_a_folder_that_cannot_be_written(result: fxprune.PruneResult, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, fx
 
 from fxprune.coupling.run import Traits
+from fxprune.inputs import Inputs
 from fxprune.isolate import rng_kept
 from fxprune.products import evaluating
 from fxprune.traced import Traced
@@ -65,13 +66,15 @@ class Maps:
     groups: tuple[GroupMaps, ...]
 
 
-def attention_maps(traced: Traced, plan: PrunePlan, inputs: Sequence[Any] | None = None) -> Maps:
+def attention_maps(traced: Traced, plan: PrunePlan, inputs: Any = None) -> Maps:
     """Of a few groups that lost channels, spread over the depth of the model.
 
-    inputs: positional inputs, first dim the samples; the first sample is shown. None: the example
+    inputs: as the example inputs, first dim the samples; the first is shown. None: the example
     inputs. Groups without a map of at least 2 x 2 positions are left out.
     """
-    values = tuple(traced.example_inputs if inputs is None else inputs)
+    values = traced.example_inputs if inputs is None else Inputs.of(inputs).values
+    device = next((p.device for p in traced.graph_module.parameters()), torch.device("cpu"))
+    values = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), tuple(values))
     masks = dict(zip((g.name for g in traced.groups), traced.keep(plan), strict=True))
     places = [_place(traced, i, masks[g.name]) for i, g in enumerate(traced.groups)]
     found = [p for p in places if p is not None]

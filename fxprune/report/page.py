@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fxprune.errors import OutputError
 from fxprune.pipeline import PruneResult
 from fxprune.report.charts import arcs, bars, search_curve, step_curve
-from fxprune.report.maps import attention_maps
+from fxprune.report.maps import Maps, attention_maps
 
 _UNITS = {"share": "", "bytes": "B", "ms": "ms", "": ""}
 
@@ -69,18 +69,19 @@ def write_report(
     *,
     title: str = "Pruned model",
     figures: Iterable[Figure] = (),
-    inputs: Sequence[Any] | None = None,
+    inputs: Any = None,
     notes: Iterable[str] = (),
 ) -> Path:
     """Write the report of ``result`` to ``path``, whole or not at all.
 
     figures  rows besides the costs: ``Figure("test accuracy", 0.98, 0.97, "share", "more")``
-    inputs   positional inputs for the attention maps, first dim the samples: of a real sample the
-             maps say more than of the example inputs, which are taken where none are given
+    inputs   for the attention maps, of the form of the example inputs (which are taken where none
+             are given): of a real sample the maps say more
     notes    lines below the table
 
     Raises OutputError where it cannot be written.
     """
+    maps, without = _maps(result, inputs)
     environment = Environment(
         loader=PackageLoader("fxprune.report", ""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -88,17 +89,25 @@ def write_report(
     page = environment.get_template("page.html.j2").render(
         title=title,
         figures=[*_costs(result), *figures],
-        notes=[*notes, *_notes(result)],
+        notes=[*notes, *_notes(result), *without],
         bars=bars(result.analysis, result.plan),
         curves=_curves(result.report),
         arcs=arcs(result.analysis, result.plan),
-        maps=attention_maps(result.analysis, result.plan, inputs),
+        maps=maps,
         locked=_locked(result),
         stages=_stages(result.report),
         rounds=result.report.get("repair", {}).get("rounds", []),
         number=number,
     )
     return _written(Path(path), page)
+
+
+def _maps(result: PruneResult, inputs: Any) -> tuple[Maps, list[str]]:
+    """The maps, or why there are none: a report must not sink a pruning that is done."""
+    try:
+        return attention_maps(result.analysis, result.plan, inputs), []
+    except Exception as e:  # noqa: BLE001 - a sample that the model does not take, and the like
+        return Maps(None, ()), [f"No attention maps: {type(e).__name__}: {e}"]
 
 
 def _costs(result: PruneResult) -> list[Figure]:
