@@ -89,7 +89,7 @@ def row(
         "seconds": round(seconds[0]),
         "cpu seconds": round(seconds[1]),
         "stages": result.report["seconds"],
-        "repair": {k: v for k, v in result.report.get("repair", {}).items() if k != "skipped"},
+        "mended": {k: v for k, v in result.report.get("repair", {}).items() if k != "skipped"},
         "kept": kept,
     }
 
