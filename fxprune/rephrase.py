@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ def rephrase(graph: fx.Graph) -> None:
     """Rewrite ``graph`` in place; nodes carry their values in ``meta["value"]``."""
     for node in list(graph.nodes):
         _repeated_heads(graph, node)
+        _form_alone(graph, node)
 
 
 def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:
@@ -46,3 +48,40 @@ def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(made)
     graph.erase_node(node)
     graph.erase_node(source)
+
+
+def _form_alone(graph: fx.Graph, node: fx.Node) -> None:
+    """x[:, :, -1], of which only the shape is used: a position that nobody reads may go."""
+    if named(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return
+    source: Any = node.args[0]
+    index = node.args[1]
+    before, after = source.meta.get("value"), node.meta.get("value")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not node.users:
+        return
+    plain = all(i == slice(None) or isinstance(i, int) for i in index)
+    if not plain or not any(isinstance(i, int) for i in index):
+        return
+    if not all(_asks_for_form(user, node) for user in node.users):
+        return
+    kept = [d for d in range(before.dim()) if d >= len(index) or not isinstance(index[d], int)]
+    with graph.inserting_before(node):
+        shape = graph.call_function(getattr, (source, "shape"))
+        sizes = [graph.call_function(operator.getitem, (shape, d)) for d in kept]
+        made = graph.call_method("new_empty", (source, tuple(sizes)))
+    shape.meta["value"] = before.shape
+    for size, d in zip(sizes, kept, strict=True):
+        size.meta["value"] = before.shape[d]
+    made.meta["value"] = after
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+_FORMS = ("shape", "device", "dtype")
+_CALLS = ("size", "dim", "numel", "len")
+
+
+def _asks_for_form(user: fx.Node, node: fx.Node) -> bool:
+    if named(user) == "getattr":
+        return user.args[1] in _FORMS
+    return named(user) in _CALLS and user.args[0] is node
