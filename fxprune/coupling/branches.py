@@ -25,11 +25,18 @@ _OTHERWISE: dict[str, Callable[[Any], Any]] = {
     "is_nonzero": lambda v: not v,
     "equal": lambda v: not v,
     "allclose": lambda v: not v,
-    "item": lambda v: not v if isinstance(v, bool) else v + 1,
+    "item": lambda v: _other_number(v),
     "__int__": lambda v: v + 1,
     "__index__": lambda v: v + 1,
-    "__float__": lambda v: v + 1,
+    "__float__": lambda v: _other_number(v),
 }
+
+
+def _other_number(v: Any) -> Any:
+    """On the other side of zero, where most comparisons are."""
+    if isinstance(v, float):
+        return -v or 1.0
+    return not v if isinstance(v, bool) else v + 1
 
 
 class _Answers(TorchFunctionMode):

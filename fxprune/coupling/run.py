@@ -55,10 +55,14 @@ class _LabelMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.labels, self.names, self.parameters = labels, names, parameters
         self.node, self.count = "", 0
+        self.used: set[str] = set()  # parameters that parts which are kept whole have used
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self.labels.opaque:
+            found = (self.names.get(storage_key(t)) for t in trees.tensors((args, kwargs)))
+            self.used.update(name for name in found if name is not None)
         apply_rule(self.labels, func, args, kwargs, out)
         product = as_product(func, args)
         if product is not None and storage_key(product.w) in self.names:
@@ -228,7 +232,16 @@ class _LabelInterpreter(fx.Interpreter):
                 fields = meet(self.labels, [a, b], a.dim()) if _fits(a, b) else None
                 if fields is None:
                     self.labels.lock_all([a, b], "its size depends on a branch")
+        if self._unused(n):
+            why = "a part that is kept whole has parameters that no branch has used"
+            self.labels.lock_all([*given, *trees.tensors(result)], why)
         return result
+
+    def _unused(self, n: fx.Node) -> bool:
+        """Whether a part that is kept whole has parameters in a branch that was not found."""
+        part = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        own = [] if part is None else list(part.parameters())
+        return any(self.mode.names.get(storage_key(t)) not in self.mode.used for t in own)
 
     def _parametrized(self, block: ParametrizationList) -> Tensor:
         """The weight has the labels of the parameter of its shape, along the dims that may go."""
