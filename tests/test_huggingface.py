@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from checks import prunable
 from oracle import oracle_error, random_plan, randomise
 from torch import Tensor, nn
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.cut import as_user_class, cut
 from fxprune.traced import Traced, trace
-
-hf = pytest.importorskip("transformers", reason="the extra `test` has it")
 
 TEXT = {
     "vocab_size": 99,

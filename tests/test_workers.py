@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import distributed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,6 @@ def test_threads_send_nothing(alone: PruneResult, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_dask_worker_may_die(alone: PruneResult) -> None:
-    distributed = pytest.importorskip("distributed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the cluster's own making, on ports and heartbeats
         with (
