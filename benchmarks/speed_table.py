@@ -47,9 +47,9 @@ HOT = """
 `python benchmarks/speed.py --only NAME --profile`. Shares under cProfile, which weighs Python calls
 more than they cost without it:
 
-- mobilenet_v2 (sampled, which costs nothing): labelling every op 32%, the tracer's concrete run 27%,
-  cut 15%, grouping 11%, making graph modules 8%, the copy of the model 4%. A fifth of all is the two
-  forward passes themselves.
+- mobilenet_v2 (sampled, which costs nothing): labelling every op 32%, the tracer's concrete run
+  27%, cut 15%, grouping 11%, making graph modules 8%, the copy of the model 4%. A fifth of all is
+  the two forward passes themselves.
 - swin_t: labelling 35%, the tracer's concrete run 21%, rewriting sizes 9%; across the stages,
   `ndarray.sort` (3,400 calls) takes 10%, and torch.fx, which reads byte code whenever a proxy is
   iterated, 7%.
