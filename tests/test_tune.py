@@ -232,13 +232,17 @@ class Slow(Dies):
             yield item
 
 
+def slowly(given: dict[str, Any]) -> None:
+    """In a process of its own, a fresh one: autograd's threads do not survive a fork."""
+    tune(net(), Slow(loader()), **given)
+
+
 def test_sigkill(tmp_path: Path) -> None:
     """A real kill while it writes all the time: what is on disk is whole, and goes on."""
     given = {**WHOLE, "epochs": 12, "checkpoint": tmp_path}
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=lambda: tune(net(), Slow(loader()), **given))
+    child = multiprocessing.get_context("spawn").Process(target=slowly, args=(given,))
     child.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not (tmp_path / files.FILE).exists() and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -339,13 +343,13 @@ def test_two_processes_equal_one_with_the_batches_together(tmp_path: Path, preci
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     given = (port, str(tmp_path), precision)
     workers = [context.Process(target=worker, args=(rank, *given)) for rank in (0, 1)]
     for w in workers:
         w.start()
     for w in workers:
-        w.join(60)
+        w.join(180)
         assert w.exitcode == 0
     first, second = (load_file(tmp_path / f"{r}.safetensors") for r in (0, 1))
     assert same(first, second)
