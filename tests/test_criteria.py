@@ -179,7 +179,7 @@ def test_registry() -> None:
         criteria.get("atention")
     with pytest.raises(SpecError, match="function of a group"):
         criteria.get(3)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="registered already"):
+    with pytest.raises(SpecError, match="a second one is refused"):
         criteria.register("l1")(criteria.RandomCriterion)
     own = criteria.RandomCriterion()
     assert criteria.get(own) is own

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from types import TracebackType
 from typing import Any
 
 from fxprune.allocate.journal import Journal
@@ -55,15 +54,10 @@ class Memory:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         if self._journal is not None:
-            self._journal.__exit__(kind, error, where)
+            self._journal.__exit__(*error)
 
     @property
     def seconds(self) -> float:

@@ -9,6 +9,7 @@ labels, give ``TaylorCriterion(Labelled(batches))``. See :mod:`fxprune.gradients
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GradientCriterion:
+class GradientCriterion(ABC):
     """``labelled``: batches with targets and their loss; None: the original's own outputs.
 
     Raises DataError without statistics that hold gradients (``observe(gradients=True)``).
@@ -46,8 +47,9 @@ class GradientCriterion:
             raise DataError("this criterion needs gradients: observe with gradients=True")
         return {name: self.score(g) for name, g in statistics.gradients.items()}
 
+    @abstractmethod
     def score(self, gradients: ChannelGradients) -> FloatArray:
-        raise NotImplementedError("choose TaylorCriterion or HessianCriterion")
+        """[n] scores of a group from its gradients; higher = keep."""
 
 
 class TaylorCriterion(GradientCriterion):

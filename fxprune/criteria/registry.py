@@ -10,6 +10,7 @@ import torch
 
 from fxprune.errors import SpecError, unknown
 from fxprune.observe import Statistics
+from fxprune.tables import registering
 from fxprune.types import FloatArray
 
 if TYPE_CHECKING:
@@ -40,19 +41,8 @@ _MADE: dict[str, Callable[[], Criterion]] = {}
 _ADAPTORS: list[tuple[Callable[[Any], bool], Callable[[Any], Criterion]]] = []
 
 
-def register(name: str) -> Callable[[Callable[[], Criterion]], Callable[[], Criterion]]:
-    """Decorator: a class or function without arguments that makes the criterion ``name``.
-
-    Raises SpecError when the name is taken.
-    """
-
-    def add(make: Callable[[], Criterion]) -> Callable[[], Criterion]:
-        if name in _MADE:
-            raise SpecError(f"the criterion {name!r} is registered already; choose another name")
-        _MADE[name] = make
-        return make
-
-    return add
+register = registering(_MADE, "criterion")
+"""``register(name)(make)``: ``make()`` gives the criterion of that name; taken: SpecError."""
 
 
 def names() -> tuple[str, ...]:

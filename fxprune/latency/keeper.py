@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,13 +39,8 @@ class Keeper:
     def __enter__(self) -> Keeper:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.bench.__exit__(kind, error, where)
+    def __exit__(self, *error: object) -> None:
+        self.bench.__exit__(*error)
 
     def rounding(self) -> Rounding:
         """The kept counts that are fast on the target (``round_to="auto"``)."""
