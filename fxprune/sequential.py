@@ -188,6 +188,8 @@ def best_form(
 
 def live_profile(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, int]:
     """Node name -> most bytes of activations that one sample holds from that node on."""
+    # copies: a slice of all data would be counted with all of its memory
+    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), inputs)
     run = SideBySide(module, [inputs])
     held: dict[str, int] = {}
     for node in module.graph.nodes:

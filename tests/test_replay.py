@@ -146,6 +146,15 @@ def test_large_samples_are_fewer() -> None:
         assert len(few.outputs(PrunePlan({}))[0]) == compared
 
 
+def test_samples_count_with_their_own_memory_not_with_that_of_the_data_they_are_cut_from() -> None:
+    _, once, replay, *_ = made()
+    x = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    much = torch.cat([x, x.new_zeros(3000, 3, 8, 8)])[:60]
+    for given in (x, much):
+        few = Replay(replay.traced, [given], [given], once.only, max_live=4 << 20)
+        assert sum(few.original.sizes) == len(few.outputs(PrunePlan({}))[0]) == 60
+
+
 def test_snapshots_that_served_stay_longest() -> None:
     store = Snapshots(100)
     for name in "abcd":
