@@ -48,7 +48,7 @@ class Sizes:
         traits = self.coupling.values.get(node or "")
         if not isinstance(traits, Traits) or not -len(traits.shape) <= dim < len(traits.shape):
             return None
-        return self.positions(traits, dim)
+        return self.positions(traits, dim % len(traits.shape))
 
     # -- shapes -------------------------------------------------------------------------------
 

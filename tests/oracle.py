@@ -21,13 +21,18 @@ from fxprune.traced import Traced
 from fxprune.trees import tensors
 from fxprune.types import PrunePlan
 
+_NORMS = ("layer_norm", "rms_norm", "group_norm")
+
 
 class _Masked(fx.Interpreter):
     """Runs the original graph; norms see the kept channels only."""
 
-    def __init__(self, gm: fx.GraphModule, keep: dict[str, Tensor]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, keep: dict[str, Tensor], bare: dict[str, Tensor]
+    ) -> None:
         super().__init__(gm)
         self.keep = keep  # parameter name -> bool mask over its whole shape
+        self.bare = bare  # norm without parameters -> bool mask of what it normalises
         self.node: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -43,6 +48,11 @@ class _Masked(fx.Interpreter):
                 if mask is not None and mask.shape == weight.shape:
                     weight = weight * mask
             return weight
+        bare = self.bare.get(self.node.name)
+        if bare is not None and isinstance(m, nn.GroupNorm):
+            return _group_norm(args[0], m.num_groups, bare, None, None, m.eps)
+        if bare is not None:
+            return _over_kept(args[0], bare, None, None, m.eps, isinstance(m, nn.LayerNorm))
         if isinstance(m, nn.LayerNorm | nn.RMSNorm) and m.weight is not None:
             keep = self.keep.get(f"{target}.weight")
             if keep is not None:
@@ -56,10 +66,11 @@ class _Masked(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(target, "__name__", "")
-        if name in ("layer_norm", "rms_norm", "group_norm"):
+        if name in _NORMS:
             node_args = dict(enumerate(self.node.args)) | dict(self.node.kwargs)
             weight = node_args.get(2, node_args.get("weight"))
             keep = self.keep.get(_source(weight)) if isinstance(weight, fx.Node) else None
+            keep = self.bare.get(self.node.name, keep)
             if keep is not None:
                 values = dict(enumerate(args)) | kwargs
                 w = values.get(2, values.get("weight"))
@@ -81,18 +92,19 @@ def _source(node: fx.Node) -> str:
 
 
 def _over_kept(
-    x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centre: bool
+    x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> Tensor:
     dims = tuple(range(-keep.dim(), 0))
     count = keep.sum()
     mean = (x * keep).sum(dims, keepdim=True) / count if centre else 0.0
     var = ((x - mean) ** 2 * keep).sum(dims, keepdim=True) / count
-    y = (x - mean) * torch.rsqrt(var + (torch.finfo(x.dtype).eps if eps is None else eps)) * weight
+    y = (x - mean) * torch.rsqrt(var + (torch.finfo(x.dtype).eps if eps is None else eps))
+    y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _group_norm(
-    x: Tensor, groups: int, keep: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, groups: int, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     n, c = x.shape[:2]
     shape = [1, c] + [1] * (x.dim() - 2)
@@ -102,8 +114,33 @@ def _group_norm(
     mean = (z * m).sum(2, keepdim=True) / count
     var = ((z - mean) ** 2 * m).sum(2, keepdim=True) / count
     y = ((z - mean) * torch.rsqrt(var + eps)).reshape(x.shape)
-    y = y * weight.reshape(shape)
+    y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
+
+
+def _bare_norms(traced: Traced, mask: np.ndarray) -> dict[str, Tensor]:
+    """Norms without parameters -> kept positions of what they normalise, by its own labels."""
+    found: dict[str, Tensor] = {}
+    for node in traced.graph_module.graph.nodes:
+        kind = None
+        if node.op == "call_module":
+            m = traced.graph_module.get_submodule(node.target)
+            norm = isinstance(m, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm)
+            kind = type(m).__name__ if norm and m.weight is None else None
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") in _NORMS:
+            named = node.kwargs.get("weight", node.args[2] if len(node.args) > 2 else None)
+            kind = node.target.__name__ if named is None else None
+        if kind is None:
+            continue
+        x = traced.coupling.values[node.args[0].name]
+        along = [1] if kind in ("GroupNorm", "group_norm") else [len(x.shape) - 1]
+        keep = torch.ones([s if d in along else 1 for d, s in enumerate(x.shape)]).bool()
+        for f in x.fields:
+            kept = torch.from_numpy(mask[traced.coupling.cls[f]])
+            assert all(s == 1 or d in along for d, s in enumerate(kept.shape)), "labels elsewhere"
+            keep = keep & kept
+        found[node.name] = keep.flatten()
+    return found
 
 
 def masked_original(traced: Traced, plan: PrunePlan) -> Any:
@@ -127,9 +164,11 @@ def masked_original(traced: Traced, plan: PrunePlan) -> Any:
     by_id = {id(t): n for n, t in tensors.items()}
     keep |= {n: keep[by_id[id(t)]] for n, t in names.items() if by_id.get(id(t)) in keep}
 
+    bare = _bare_norms(traced, mask)
+
     def run(*inputs: Any) -> Any:
         with torch.no_grad():
-            return _Masked(gm, keep).run(*copy.deepcopy(inputs))
+            return _Masked(gm, keep, bare).run(*copy.deepcopy(inputs))
 
     return run
 

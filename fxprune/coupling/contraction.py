@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxprune.coupling import vanish
 from fxprune.coupling.labels import (
     COLUMN,
     ROW,
@@ -47,13 +48,27 @@ def _record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | Non
     labels.facts.contractions.append(Contraction(const, tuple(kept)))
 
 
+_ADDED = "sums products of channels of which none is zero"
+
+
 def contract(
-    labels: Labels, x: Fields, y: Fields, shapes: Sequence[Sequence[int]], dim: int
+    labels: Labels,
+    x: Fields,
+    y: Fields,
+    shapes: Sequence[Sequence[int]],
+    dim: int,
+    zero: Sequence[Tensor],
 ) -> Fields:
-    """Aligned fields of two operands through a product summed over ``dim`` (kept, size 1)."""
+    """Aligned fields of two operands through a product summed over ``dim`` (kept, size 1).
+
+    zero: the operands, at least one of which must be zero where labels are removed
+    """
     reason = "multiplied with a tensor whose channels are fixed"
     fields = unfixed(labels, shapes, [x, y], reason)
     along = [f for f in fields if dim in varying(f)]
+    for f in along:
+        if not any(vanish.covers(labels, t, f, dim) for t in zero):
+            labels.lock(f, _ADDED)
     for i, f in enumerate(along):
         for g in along[:i]:
             labels.relate(g, f)
@@ -67,7 +82,7 @@ def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | No
     fx = [np.expand_dims(f, at + 1) for f in labels.of(x)]
     fy = [np.expand_dims(f, at - 1) for f in labels.of(y)]
     shapes = [[*x.shape, 1], [*y.shape[:-2], 1, *y.shape[-2:]]]
-    fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, shapes, at)]
+    fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, shapes, at, (x, y))]
     sizes = [(s, _dim_labels(fields, d)) for d, s in enumerate(out.shape)]
     inner = _dim_labels(labels.of(x), at)
     _record(labels, 1, [*sizes, (x.shape[-1], inner)])
@@ -103,7 +118,7 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
         [*q.shape[:-1], 1, q.shape[-1]],
         [*k.shape[:-2], 1, *k.shape[-2:]],
     ]
-    scores = [np.squeeze(f, n) for f in contract(labels, fq, fk, shapes, n)]
+    scores = [np.squeeze(f, n) for f in contract(labels, fq, fk, shapes, n, (q, k))]
     scores = [
         f
         for f in (labels.mix(f, [n - 1], "softmax over the channels") for f in scores)
@@ -112,7 +127,7 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
     fs = [np.expand_dims(f, n) for f in scores]
     fv = [np.expand_dims(f, n - 2) for f in labels.of(v)]
     shapes = [[*q.shape[:-1], k.shape[-2], 1], [*v.shape[:-2], 1, *v.shape[-2:]]]
-    fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, shapes, n - 1)]
+    fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, shapes, n - 1, (v,))]
     lead = [(s, _dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
     _record(labels, k.shape[-2], [*lead, (q.shape[-1], _dim_labels(labels.of(q), n - 1))])
     _record(labels, k.shape[-2], [*lead, (v.shape[-1], _dim_labels(labels.of(v), n - 1))])
@@ -145,6 +160,8 @@ def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, ou
         if varying(f) - {0, 1}:
             labels.lock(f, "kernel position")
     inputs, batch = _conv_input(labels, x)
+    if inputs is not None and not (labels.vanishes(w) or labels.vanishes(x)):
+        labels.lock(inputs, _ADDED)
     w0, w1 = (_flat(labels, w, d) for d in (0, 1))
     outputs = (_transposed if transposed else _forward)(labels, inputs, w0, w1, w, groups)
     spatial = int(np.prod(x.shape[2:] if transposed else out.shape[2:]))

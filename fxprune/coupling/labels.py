@@ -115,12 +115,14 @@ class _Note:
 
     strided    of a slice with steps along labelled dims: the labels of the whole
     vanishing  see ``vanish``
+    zeroed     see ``vanish``: the labels [K] that are coarser than the tensor's own
     """
 
     run: object
     fields: Fields
     strided: Fields
     vanishing: bool = False
+    zeroed: IntArray | None = None
 
 
 _NOTE = "_channel_labels"
@@ -264,6 +266,20 @@ class Labels:
     def vanish(self, t: Tensor) -> None:
         """``t`` is zero at every position whose label is removed."""
         self._note(t).vanishing = True
+
+    def zeroed(self, t: Tensor) -> IntArray | None:
+        """[K] labels of which each, when it is removed, makes ``t`` zero where its children are."""
+        note = self._known(t)
+        return None if note is None or storage_key(t) in self.dirty else note.zeroed
+
+    def zero(self, t: Tensor, by: IntArray) -> None:
+        """``t`` is zero at the children of every label in ``by`` that is removed."""
+        self._note(t).zeroed = by
+
+    def children(self, parents: IntArray) -> IntArray:
+        """[K] all labels that have been said to have one of ``parents``."""
+        own = [c[np.isin(p, parents)] for p, c in self.facts.parents]
+        return np.unique(np.concatenate(own)) if own else parents[:0]
 
     def strided(self, t: Tensor) -> Fields:
         """The fields of the tensor of which ``t`` is a slice with steps."""

@@ -6,16 +6,23 @@ is zero at the positions of that label. Parameters do by definition; a convoluti
 with its weight and bias; relu keeps it, sigmoid does not.
 
 ``vanishes`` answers it for the result of one op. What is not known to vanish does not.
+
+A norm of each head with one weight for all heads is zero in the columns that are removed, and not
+in the heads that are: such a tensor is *zeroed* by the weight's labels. A sum over columns asks no
+more than that.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxprune.coupling.labels import Labels, align, varying
+from fxprune.types import IntArray
 
 Dims = set[frozenset[int]]  # the varying dims of each field of a tensor
 Check = Callable[[Labels, Any, Sequence[Any], dict[str, Any], Tensor], bool]
@@ -59,9 +66,54 @@ def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any],
         if not known:
             labels.overwritten(args[0])
         return
-    if known:
-        for t in results:
+    for t in results:
+        if known:
             labels.vanish(t)
+        elif (by := _zeroed_by(labels, func, name, args, t)) is not None:
+            labels.zero(t, by)
+
+
+def covers(labels: Labels, t: Tensor, f: IntArray, dim: int) -> bool:
+    """Whether a sum of ``t`` over ``dim`` lacks nothing when labels of its field ``f`` are removed.
+
+    Where columns alone are zero, ``dim`` must be the columns and no more: rows stay or go whole.
+    """
+    if labels.vanishes(t):
+        return True
+    by = labels.zeroed(t)
+    if by is None or len(by) != f.shape[dim]:
+        return False
+    return bool(np.isin(f, labels.children(by)).all())
+
+
+def _zeroed_by(
+    labels: Labels, func: Any, name: str, args: Sequence[Any], out: Tensor
+) -> IntArray | None:
+    if name in _NORMS:
+        weight = args[_NORMS[name]] if len(args) > _NORMS[name] else None
+        bias = args[_NORMS[name] + 1] if len(args) > _NORMS[name] + 1 else None
+        if not isinstance(weight, Tensor) or not labels.vanishes(weight):
+            return None
+        if isinstance(bias, Tensor) and not labels.vanishes(bias):
+            return None
+        return np.concatenate([f.ravel() for f in labels.of(weight)]) if labels.of(weight) else None
+    if name in _KEEPING or name in ("div", "expand"):
+        return labels.zeroed(args[0]) if args and isinstance(args[0], Tensor) else None
+    if name == "mul":
+        found = (labels.zeroed(t) for t in args[:2] if isinstance(t, Tensor))
+        return next((by for by in found if by is not None), None)
+    if name in ("add", "sub", "cat"):
+        return _zeroed_by_all(labels, args[0] if name == "cat" else args[:2])
+    return None
+
+
+def _zeroed_by_all(labels: Labels, parts: Sequence[Any]) -> IntArray | None:
+    if not all(isinstance(t, Tensor) for t in parts):
+        return None
+    found = [labels.zeroed(t) for t in parts if not labels.vanishes(t)]
+    if not found or any(by is None for by in found):
+        return None
+    return functools.reduce(np.intersect1d, [by for by in found if by is not None])
 
 
 def _known(
@@ -225,6 +277,13 @@ def _affine(at: int, needs_bias: bool, along: int | None) -> Check:
     return check
 
 
+def _scaled(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """A root mean square norm: zeros stay."""
+    return _by_any(labels, out, [args[0], *args[2:3]])
+
+
+_NORMS = {"native_layer_norm": 2, "layer_norm": 2}  # name -> position of the weight
+
 _CHECKS: dict[str, Check] = {
     "mul": _multiply,
     "multiply": _multiply,
@@ -253,8 +312,8 @@ _CHECKS: dict[str, Check] = {
     "convolution": _convolution,
     "native_layer_norm": _affine(2, True, None),
     "layer_norm": _affine(2, True, None),
-    "rms_norm": _affine(2, False, None),
-    "_fused_rms_norm": _affine(2, False, None),
+    "rms_norm": _scaled,
+    "_fused_rms_norm": _scaled,
     "native_group_norm": _affine(1, True, 1),
     "group_norm": _affine(2, True, 1),
     "native_batch_norm": _affine(1, True, 1),
