@@ -29,16 +29,18 @@ _HOLDERS = ("_parameters", "_buffers", "_modules")
 class Captured:
     """A traced model.
 
-    graph_module  eval mode; parameters and buffers are the model's own tensors
+    graph_module  eval mode; parameters and buffers are the model's own tensors, but for ``settled``
     base          copy of the user's model that shares those tensors, attention made traceable
     given         the example inputs, and how the user's class takes them
     opaque        path of each module kept whole -> reason
+    settled       parameters that hold what the model computes from them (``coupling.computed``)
     """
 
     graph_module: fx.GraphModule
     base: nn.Module
     given: Inputs
     opaque: dict[str, str]
+    settled: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -127,7 +129,7 @@ def _captured(
     rephrase(graph)
     for node in graph.nodes:
         node.meta.pop("value", None)
-    graph.eliminate_dead_code(lambda n: _impure(n, base))
+    graph.eliminate_dead_code(is_impure)
     gm = fx.GraphModule(base, graph, type(base).__name__)
     return gm.eval(), whole, counts
 
@@ -178,7 +180,7 @@ def _check_runs(base: nn.Module, inputs: Inputs) -> None:
         ) from error
 
 
-def _impure(node: fx.Node, base: nn.Module) -> bool:
+def is_impure(node: fx.Node) -> bool:
     """Whether a node without users must stay: it may write to a tensor."""
     if node.op in ("placeholder", "output", "call_module"):
         return True

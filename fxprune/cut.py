@@ -168,6 +168,8 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     base = traced.captured.base
     if pruned.meta.get(_OWN) or isinstance(base, fx.GraphModule):
         return None  # a graph module is no class: its sizes are written into its code
+    if traced.captured.settled:
+        return None  # the class would compute its weights once more
     new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)
     )

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxprune.capture import Captured, capture
 from fxprune.cost import CostModel
+from fxprune.coupling.computed import settled
 from fxprune.coupling.groups import Coupling, couple
 from fxprune.errors import PlanError, SpecError, unknown
 from fxprune.lifetimes import storages
@@ -171,5 +172,5 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     mapping of keyword inputs.
     Raises ModelError when the model does not run on them or its forward cannot be traced.
     """
-    captured = capture(model, example_inputs)
+    captured = settled(capture(model, example_inputs))
     return Traced(captured, couple(captured))

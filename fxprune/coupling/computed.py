@@ -1,0 +1,205 @@
+"""Weights that forward computes from parameters alone, and in which channels cannot go.
+
+A standardised weight, (w - mean) / deviation over the inputs of each output, would be another one
+with fewer inputs, so labels lock it. But it depends on no input: it is a constant that someone
+wrote as a formula. Here the parameter takes the value of the formula, under its own name, and the
+formula goes from the graph. What is left is a plain weight, which is cut, ranked and repaired like
+any other; other parameters of the formula (a gain) stay in the state dict and have no effect.
+
+A formula stays where it is no obstacle (1 + w, a norm that labels follow), and where the
+parameter behind it is used in other ways too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx, nn
+
+from fxprune.capture import Captured, is_impure
+from fxprune.coupling.run import call_name, label_run
+from fxprune.inputs import Inputs
+from fxprune.products import evaluating
+
+_WEIGHTED = (
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "matmul", "mm", "bmm", "einsum", "addmm", "baddbmm",
+)  # fmt: skip
+
+
+_FORMS = ("getattr", "size", "dim", "numel", "len")  # of a tensor, and not its values
+
+
+def settled(captured: Captured) -> Captured:
+    """``captured`` with every such weight as a plain parameter; itself where there is none."""
+    formulas = _Formulas(captured.graph_module)
+    found = {name: roots for name, roots in formulas.found().items() if formulas.stay(name, roots)}
+    if not found:
+        return captured
+    values = {name: formulas.values[roots[0]] for name, roots in found.items()}
+    return replace(captured, graph_module=_plain(formulas.gm, values, found), settled=tuple(values))
+
+
+class _Formulas:
+    """The parts of a graph that depend on parameters and buffers alone.
+
+    constant  nodes that do
+    weights   those of them that a product takes as its weight
+    values    of all that the weights are made from
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.parameters = dict(gm.named_parameters())
+        self.constant: set[fx.Node] = set()
+        self.weights: list[fx.Node] = []
+        self.called: set[int] = set()  # parameters of modules that stay one node
+        for node in gm.graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "call_module":
+                self.called |= {id(t) for t in gm.get_submodule(str(node.target)).parameters()}
+            elif node.op == "get_attr" or (
+                node.op in ("call_function", "call_method")
+                and inputs
+                and all(i in self.constant for i in inputs)
+                and not is_impure(node)
+            ):
+                self.constant.add(node)
+            elif call_name(node) in _WEIGHTED:
+                behind = [i for i in inputs if i in self.constant and i not in node.args[:1]]
+                self.weights += [i for i in behind if i.op != "get_attr"]
+        self.values = _values(gm, self.weights)
+
+    def found(self) -> dict[str, list[fx.Node]]:
+        """Parameter -> the last nodes of the formulas that it can take the place of."""
+        roots: dict[str, list[fx.Node]] = defaultdict(list)
+        for weight in self.weights:
+            for node in _back_from(weight):
+                name = self._twin(node)
+                if name is not None:
+                    if node not in roots[name]:
+                        roots[name].append(node)
+                    break
+        return roots
+
+    def _twin(self, node: fx.Node) -> str | None:
+        """A parameter behind ``node`` that has its shape."""
+        value = self.values[node]
+        if node.op == "get_attr" or not isinstance(value, Tensor):
+            return None
+        for source in _back_from(node):
+            t = self.parameters.get(str(source.target)) if source.op == "get_attr" else None
+            if t is not None and t.shape == value.shape and t.dtype == value.dtype:
+                return str(source.target)
+        return None
+
+    def stay(self, name: str, roots: list[fx.Node]) -> bool:
+        """Whether the parameter can take their place, and labels would lock it where it is."""
+        if id(self.parameters[name]) in self.called or not self._only_for(name, roots):
+            return False
+        alone = [_alone(self.gm, [root]) for root in roots]
+        again = [_run(gm)[0] for gm in alone]
+        first = self.values[roots[0]]
+        if not all(_equal(first, value) for value in again):
+            return False  # by chance, or from other parameters as well
+        return _locks(alone[0], name)
+
+    def _only_for(self, name: str, roots: Iterable[fx.Node]) -> bool:
+        """Whether the values of a parameter are used in these formulas alone."""
+        ends = set(roots)
+        waiting = [n for n in self.gm.graph.nodes if n.op == "get_attr" and n.target == name]
+        while waiting:
+            for user in waiting.pop().users:
+                if user in ends or call_name(user) in _FORMS:
+                    continue
+                if user not in self.constant:
+                    return False
+                waiting.append(user)
+        return True
+
+
+def _back_from(node: fx.Node) -> list[fx.Node]:
+    """``node`` and all that it is made from, the nearest first."""
+    found = {node: None}
+    waiting = [node]
+    while waiting:
+        for i in waiting.pop(0).all_input_nodes:
+            if i not in found:
+                found[i] = None
+                waiting.append(i)
+    return list(found)
+
+
+def _alone(gm: fx.GraphModule, ends: list[fx.Node]) -> fx.GraphModule:
+    """What ``ends`` are made from, as a graph without inputs that gives their values."""
+    inside = {n for end in ends for n in _back_from(end)}
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node in inside:
+            made[node] = graph.node_copy(node, lambda i: made[i])
+    graph.output(tuple(made[end] for end in ends))
+    return fx.GraphModule(gm, graph).eval()
+
+
+def _run(alone: fx.GraphModule) -> Any:
+    rng = torch.get_rng_state()
+    try:
+        with evaluating(alone):
+            return alone()
+    finally:
+        torch.set_rng_state(rng)
+
+
+def _values(gm: fx.GraphModule, ends: list[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of ``ends`` and of all that they are made from."""
+    nodes = list({n: None for end in ends for n in _back_from(end)})
+    return dict(zip(nodes, _run(_alone(gm, nodes)), strict=True)) if nodes else {}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.device.type == "meta" or torch.equal(a, b)
+
+
+def _locks(alone: fx.GraphModule, name: str) -> bool:
+    """Whether the formula locks outputs or inputs of the weight (dims 0 and 1)."""
+    run = label_run(Captured(alone, alone, Inputs(()), {}))
+    bad = [f for f, reason in run.facts.locks if reason != "model output"]
+    if not bad:
+        return False
+    pairs = [*run.facts.unions, *run.facts.parents]
+    p, c = (np.concatenate([pair[i] for pair in pairs] or [bad[0]]) for i in (0, 1))
+    count = run.facts.count
+    links = sparse.coo_matrix((np.ones(len(p), dtype=np.int8), (p, c)), shape=(count, count))
+    _, part = connected_components(links, directed=False)
+    wanted = [f for f in run.parameters[name].fields if f.shape[:2] != (1, 1)]
+    return any(np.isin(part[f], part[np.concatenate(bad)]).any() for f in wanted)
+
+
+def _plain(
+    gm: fx.GraphModule, values: dict[str, Tensor], roots: dict[str, list[fx.Node]]
+) -> fx.GraphModule:
+    """A copy of ``gm`` in which the parameters hold the values of their formulas."""
+    copied = fx.Graph()
+    ends = {root: name for name, nodes in roots.items() for root in nodes}
+    made: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node in ends:
+            made[node] = copied.get_attr(ends[node])
+        else:
+            made[node] = copied.node_copy(node, lambda i: made[i])
+    copied.eliminate_dead_code(is_impure)
+    result = fx.GraphModule(gm, copied, gm.__class__.__name__)
+    for name, value in values.items():
+        path, _, atom = name.rpartition(".")
+        old = gm.get_parameter(name)
+        new = nn.Parameter(value.detach().clone(), old.requires_grad)
+        setattr(result.get_submodule(path), atom, new)
+    return result.eval()
