@@ -32,6 +32,7 @@ from fxprune.errors import ExportError, ModelError, OutputError, SpecError
 from fxprune.inputs import Inputs, Positional
 from fxprune.isolate import exact_arithmetic, quiet_exporters, rng_kept
 from fxprune.products import evaluating
+from fxprune.trees import plain
 
 OPSETS = range(18, 24)
 """Opsets that can be asked for: 18 is the oldest that the torch.export based exporter writes."""
@@ -196,6 +197,18 @@ def _report(
     )
 
 
+class _Plain(nn.Module):
+    """A model whose outputs are dataclasses, which exporters do not know, gives dicts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+
+    def forward(self, *args: Any) -> Any:
+        return plain(self.model(*args))
+
+
 # --- what is compared -----------------------------------------------------------------------
 
 
@@ -251,7 +264,9 @@ def _prepare(
             notes.append(f"fixed batch, since the model itself fails at batch {n}: {_one_line(e)}")
             samples, expected = {batch: samples[batch]}, {batch: expected[batch]}
             break
-        named = _named_outputs(output)
+        if n == batch and plain(output) is not output:
+            model = _Plain(model)
+        named = _named_outputs(plain(output))
         samples[n], expected[n] = given, tuple(_numpy(t) for t in named.values())
         names_out = tuple(named)
     notes += _check_outputs(names_out, expected[batch])

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +51,17 @@ def quiet_exporters() -> Iterator[None]:
     """Silence the exporters' progress and advice, and warnings, inside the block."""
     loggers = [logging.getLogger(name) for name in _EXPORTERS]
     levels = [logger.level for logger in loggers]
+    printing: Any = getattr(torch._C, "_jit_onnx_log", None)
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        if printing is not None:  # whole graphs, to stdout, when an export fails
+            torch._C._jit_onnx_log = lambda *_: None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        if printing is not None:
+            torch._C._jit_onnx_log = printing
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

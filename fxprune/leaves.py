@@ -92,9 +92,19 @@ def _group_norm(m: nn.GroupNorm, kept: BoolArray | None) -> None:
     m.num_channels = _count(kept) or m.num_channels
 
 
-@register(nn.Embedding)
-def _embedding(m: nn.Embedding, kept: BoolArray | None) -> None:
+@register(nn.Embedding, nn.EmbeddingBag)
+def _embedding(m: nn.Embedding | nn.EmbeddingBag, kept: BoolArray | None) -> None:
     m.num_embeddings, m.embedding_dim = m.weight.shape
+
+
+@register(nn.RNNBase)
+def _recurrent(m: nn.RNNBase, kept: BoolArray | None) -> None:
+    own: dict[str, Any] = m._parameters
+    w_ih, w_hh = own["weight_ih_l0"], own["weight_hh_l0"]
+    m.input_size = w_ih.shape[1]
+    m.hidden_size = w_hh.shape[0] // {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    m.proj_size = w_hh.shape[1] if m.proj_size else 0
+    m._flat_weights = [own[name] for name in m._flat_weights_names]  # what its kernels are given
 
 
 @register(nn.PReLU)

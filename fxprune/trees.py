@@ -48,6 +48,15 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     return pytree.tree_map(one, value)
 
 
+def plain(value: Any) -> Any:
+    """``value`` itself, or a copy in which dataclasses are dicts where it holds any."""
+    return (
+        map_tensors(lambda t: t, value)
+        if any(_fields(v) for v in pytree.tree_leaves(value))
+        else value
+    )
+
+
 def reachable(value: Any, depth: int = 6) -> Iterator[Any]:
     """``value`` and what it contains, also in the attributes of objects."""
     seen: set[int] = set()

@@ -232,3 +232,29 @@ def test_relative_error() -> None:
     assert relative_error(a, a[:1]) == float("inf")
     assert relative_error(a, np.array([1.0, np.nan])) == float("inf")
     assert relative_error(np.array([3]), np.array([3])) == 0.0
+
+
+@dataclasses.dataclass
+class Detections:
+    scores: Tensor
+    boxes: Tensor
+
+
+def test_outputs_in_a_dataclass(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Wrapped(lambda w, x: Detections(x @ w, x.relu()))
+    x = torch.randn(2, 4)
+    report = export_onnx(model, (x,), tmp_path / "d.onnx")
+    scores, boxes = run(report.path, x)
+    np.testing.assert_allclose(scores, (x @ model.weight).detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(boxes, x.relu().numpy())
+    assert report.outputs == ("scores", "boxes")
+
+
+def test_nothing_is_printed_when_no_exporter_succeeds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.LSTM(4, 6, proj_size=3))
+    with pytest.raises(ExportError):
+        export_onnx(model, (torch.randn(2, 3, 4),), tmp_path / "p.onnx")
+    assert capfd.readouterr().out == ""

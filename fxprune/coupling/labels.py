@@ -66,6 +66,16 @@ def _block(f: IntArray, dim: int) -> IntArray:
     return moved.reshape([s for s in moved.shape if s > 1])
 
 
+def squeezed(f: IntArray, dims: Iterable[int]) -> IntArray:
+    """Size 1 along those ``dims`` on which the field turns out not to vary."""
+    for d in dims:
+        if f.shape[d] > 1:
+            head = np.take(f, [0], axis=d)
+            if np.array_equal(np.broadcast_to(head, f.shape), f):
+                f = head
+    return f
+
+
 @dataclass(frozen=True)
 class Contraction:
     """One product for the cost model: multiply-adds = ``const`` times the width of each dim.
@@ -125,6 +135,15 @@ class _Note:
     zeroed: IntArray | None = None
 
 
+@dataclass(frozen=True)
+class _Product:
+    """Fresh labels ``made`` for each pair of ``a`` and ``b``, in a row; the shapes broadcast."""
+
+    a: IntArray
+    b: IntArray
+    made: IntArray
+
+
 _NOTE = "_channel_labels"
 
 
@@ -138,6 +157,7 @@ class Labels:
     def __init__(self) -> None:
         self.facts = Facts()
         self._run = object()
+        self._products: dict[int, _Product] = {}  # by their first labels
         self._owned: dict[int, tuple[Tensor, _Note]] = {}
         self.locked: BoolArray = np.zeros(0, dtype=np.bool_)  # [labels] locked by name
         self.where = ""
@@ -341,12 +361,49 @@ class Labels:
         return finest
 
     def product(self, a: IntArray, b: IntArray) -> IntArray:
-        """Two fields on different dims as one: a fresh label for each pair, child of both."""
+        """Two fields on different dims as one: a fresh label for each pair, child of both.
+
+        The parents are said at the end, in ``settle_products``.
+        """
         shape = np.broadcast_shapes(a.shape, b.shape)
         made = self.new(int(np.prod(shape))).reshape(shape)
-        self.parent(a, made)
-        self.parent(b, made)
+        self._products[int(made.flat[0])] = _Product(a, b, made)
         return made
+
+    def made_of(self, f: IntArray) -> _Product | None:
+        """The product whose labels are those of ``f``, if it is one."""
+        found = self._products.get(int(f.min())) if self._products and f.size > 1 else None
+        return found if found is not None and int(f.max()) <= int(found.made.flat[-1]) else None
+
+    def factors(self, f: IntArray) -> Fields:
+        """The fields of which ``f`` is the product, where each has dims of its own; else ``f``."""
+        pair = self.made_of(f)
+        if pair is None:
+            return [f]
+        at = f - int(pair.made.flat[0])
+        sides = [np.broadcast_to(side, pair.made.shape).ravel()[at] for side in (pair.a, pair.b)]
+        a, b = (squeezed(side, range(f.ndim)) for side in sides)
+        return [f] if varying(a) & varying(b) else [*self.factors(a), *self.factors(b)]
+
+    def settle_products(self, seen: Iterable[IntArray]) -> None:
+        """Say of which labels the products are children, where they are known by name.
+
+        Those that came apart again say nothing. seen: the fields of all values that are kept.
+        """
+        facts = self.facts
+        used = np.zeros(facts.count, dtype=np.bool_)
+        pairs = [f for pair in [*facts.unions, *facts.parents] for f in pair]
+        dims = [d for c in facts.contractions for d in c.dims]
+        inputs = [p.inputs for p in facts.products if p.inputs is not None]
+        locks = [f for f, _ in facts.locks]
+        for f in (*pairs, *facts.rects, *facts.uniforms, *locks, *dims, *inputs, *seen):
+            used[f] = True
+        for p in reversed(self._products.values()):
+            if used[p.made].any():
+                self.parent(p.a, p.made)
+                self.parent(p.b, p.made)
+                self.rect(p.made, max(varying(p.made)))
+                used[p.a] = used[p.b] = True
 
     def rows(self, f: IntArray, dims: Iterable[int]) -> IntArray | None:
         """Contract ``dims`` away: a fresh label for each row that is left, parent of its labels."""

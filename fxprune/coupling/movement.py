@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.coupling.labels import Fields, Labels, align, varying
+from fxprune.coupling.labels import Fields, Labels, align, squeezed, varying
 from fxprune.coupling.rules import dims_of, register, unfixed
 from fxprune.types import IntArray
 
@@ -50,27 +50,17 @@ def reshaped(labels: Labels, f: IntArray, old: Sequence[int], new: Sequence[int]
             grown[d] = old[d]
         for d in right:
             shape[d] = new[d]
-        if len(moved) > 1:
+        if len(moved) > 1 and labels.made_of(f) is None:
             labels.rect(f, moved[-1])
         if len(right) > 1:
             split.append(right)
     g = np.broadcast_to(f, grown).reshape(shape)
     for right in split:
-        g = _squeezed(g, right)
+        g = squeezed(g, right)
         moved = [d for d in right if g.shape[d] > 1]
-        if len(moved) > 1:
+        if len(moved) > 1 and labels.made_of(g) is None:
             labels.rect(g, moved[-1])
     return g
-
-
-def _squeezed(f: IntArray, dims: Sequence[int]) -> IntArray:
-    """Size 1 along those ``dims`` on which the field turns out not to vary."""
-    for d in dims:
-        if f.shape[d] > 1:
-            head = np.take(f, [0], axis=d)
-            if np.array_equal(np.broadcast_to(head, f.shape), f):
-                f = head
-    return f
 
 
 @register(
@@ -84,7 +74,7 @@ def _reshape(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: T
         g = reshaped(labels, f, x.shape, out.shape)
         if labels.opaque and [s for s in g.shape if s > 1] != [s for s in f.shape if s > 1]:
             labels.lock(f, "reshaped inside an opaque module")
-        fields.append(g)
+        fields += labels.factors(g)
     labels.put(out, fields)
 
 
@@ -362,6 +352,17 @@ def _index(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
             at = hit[0] if adjacent else 0
             fields.append(g.reshape(rest[:at] + [1] * width + rest[at:]))
     labels.put(out, fields)
+
+
+@register("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def _embedding_bag(
+    labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Sequence[Tensor]
+) -> None:
+    """Sums, means or maxima of rows of args[0] [V, D]."""
+    named = [t for t in [*args[1:], *kwargs.values()] if isinstance(t, Tensor)]
+    labels.lock_all(named, "looks rows up")
+    fields = [labels.mix(f, [0], "indexed along the channels") for f in labels.of(args[0])]
+    labels.put(out[0], [f for f in fields if f is not None])
 
 
 @register("aten.pixel_shuffle")

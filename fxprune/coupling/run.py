@@ -15,13 +15,14 @@ from torch import Tensor, fx
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune import parametrized, trees
 from fxprune.capture import Captured, state_kept
 from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
 from fxprune.coupling.branches import all_ways, same_form
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
+from fxprune.coupling.recurrent import recurrent
 from fxprune.coupling.rules import apply_rule, meet
 from fxprune.leaves import is_leaf
 from fxprune.products import Product, as_product, evaluating, storage_key
@@ -191,6 +192,8 @@ class _LabelInterpreter(fx.Interpreter):
         block = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(block, ParametrizationList):
             result = self._parametrized(block)
+        elif isinstance(block, torch.nn.RNNBase):
+            result = self._recurrent(block, n)
         elif self.labels.opaque:
             result = self._every_way(n)
         else:
@@ -263,6 +266,13 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.put(weight, fields)
         self.labels.vanish(weight)
         return weight
+
+    def _recurrent(self, block: torch.nn.RNNBase, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with _disable_current_modes():
+            result = block(*args, **kwargs)
+        recurrent(self.labels, block, args, kwargs, result)
+        return result
 
     def _is_opaque(self, n: fx.Node) -> bool:
         """Whether what a node does inside is out of reach of rewriting."""
@@ -355,4 +365,6 @@ def label_run(captured: Captured) -> Run:
             _LabelInterpreter(gm, mode, values).run(*inputs)
     finally:
         torch.set_rng_state(rng)
+    traits = [t for t in tree_leaves([*values.values(), parameters]) if isinstance(t, Traits)]
+    labels.settle_products(f for t in traits for f in t.fields)
     return Run(labels.facts, values, parameters)

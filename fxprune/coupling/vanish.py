@@ -52,6 +52,7 @@ _MOVING = frozenset((
     "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
     "replication_pad2d", "replication_pad3d", "embedding", "fill", "zero",
+    "_embedding_bag", "_embedding_bag_forward_only",
 ))  # fmt: skip
 
 _KEEPING = _UNARY | _MOVING
