@@ -6,8 +6,8 @@ import numpy as np
 import patterns_attention  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
 import patterns_order  # noqa: F401 - registers its cases
-import patterns_rules  # noqa: F401 - registers its cases
 import patterns_recurrent  # noqa: F401 - registers its cases
+import patterns_rules  # noqa: F401 - registers its cases
 import patterns_shared  # noqa: F401 - registers its cases
 import patterns_sums  # noqa: F401 - registers its cases
 import pytest
