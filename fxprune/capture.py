@@ -107,10 +107,15 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Trace ``model``; it is left as it was. Raises ModelError when it does not run."""
     inputs = Inputs.of(example_inputs)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "a TorchScript module has no Python forward that could be traced; give the "
+            "torch.nn.Module that it was made from"
+        )
     base = shared_copy(model)
     rng = torch.get_rng_state()
     try:
-        with evaluating(base):
+        with evaluating(base), torch.compiler.set_stance("force_eager"):
             gm, whole, counts = _captured(base, inputs, any_batch=False)
             if counts and _bound_to_batch(gm, base, inputs):
                 gm, whole, _ = _captured(base, inputs, any_batch=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune import allocate, criteria
@@ -137,7 +138,7 @@ def prune(
     )  # fmt: skip
     options = _limited(options, max_seconds, journal, workers)
     clock = Clock()
-    with rng_kept():
+    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
         calibration = _calibration(data, traced, calibration_samples, seed)
@@ -285,7 +286,7 @@ def _in_rounds(
         )),
     )  # fmt: skip
     clock = Clock()
-    with rng_kept():
+    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(given["exclude"])
         calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
         seen, held_out = _split(calibration.batches)
@@ -412,7 +413,7 @@ def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:
 
     Raises PlanError when the plan does not belong to this model.
     """
-    with rng_kept():
+    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
         traced = trace(model, example_inputs)
         gm = cut(traced, plan)
         small = as_user_class(traced, plan, gm)

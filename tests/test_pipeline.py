@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from oracle import oracle_error, randomise
 from torch import Tensor, nn
 
@@ -144,3 +145,28 @@ def test_bad_models_are_named() -> None:
         prune(broken)
     with pytest.raises(ModelError, match="raises on the example inputs"):
         fxprune.prune(net(), torch.zeros(1, 4, 8, 8), 0.5, data())
+
+
+@pytest.mark.parametrize("allocation", ["local", "uniform", "global", "isomorphic"])
+def test_a_model_of_which_nothing_can_go_stays_whole(allocation: str) -> None:
+    model = nn.Linear(8, 8)
+    x = torch.randn(2, 8)
+    result = fxprune.prune(model, x, 1.0, [x] * 4, allocation=allocation, progress=False)
+    assert result.after == result.before and not result.plan.kept
+    assert torch.equal(result.model(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="TorchScript module has no Python forward"):
+        prune(torch.jit.trace(net().eval(), X))
+
+
+def test_a_compiled_model_is_not_compiled_again_for_every_width() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    result = prune(torch.compile(net(), backend="eager"))
+    assert not counters["frames"], "compiled while pruning"
+    assert result.after.macs < result.before.macs

@@ -33,6 +33,8 @@ def knapsack(space: Space, loss: FloatArray, keys: FloatArray, start: IntArray) 
     ``start`` [F] holds the budget; ``keys`` [F, S - 1] say where what is left of it goes (see
     :func:`spend.fill`). Never worse than ``start``.
     """
+    if not len(start):
+        return start
     at = np.arange(len(start))
     state = fill(space, start, keys)
     reach = max(1, int(space.top.max(initial=1)))
