@@ -29,9 +29,19 @@ from fxprune.types import PrunePlan
 _OWN = "computes what the class does not"
 
 
-def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
+class Walked(fx.GraphModule):
+    """A graph that is run node by node and never called: no Python code is made of it."""
+
+    def recompile(self) -> Any:
+        """Nothing."""
+
+
+def cut(
+    traced: Traced, plan: PrunePlan, kind: type[fx.GraphModule] = fx.GraphModule
+) -> fx.GraphModule:
     """The pruned graph, eval mode, own tensors; node and parameter names as in the traced graph.
 
+    ``kind``: :class:`Walked` where an interpreter runs it.
     Raises PlanError when the plan is not one of this model.
     """
     keep = traced.keep(plan)
@@ -41,7 +51,7 @@ def cut(traced: Traced, plan: PrunePlan) -> fx.GraphModule:
     modules = _modules(source, tensors, sizes)
     rewriter = Rewriter(source.graph, sizes)
     graph = rewriter.run()
-    result = fx.GraphModule(_attributes(source, tensors, modules), graph, source.__class__.__name__)
+    result = kind(_attributes(source, tensors, modules), graph, source.__class__.__name__)
     result.meta[_OWN] = rewriter.computes_more
     _add_unused(result, source, traced.captured.base)
     result.eval()

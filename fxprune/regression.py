@@ -16,8 +16,9 @@ in the original, k of them kept; f outputs, or mixtures of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -30,6 +31,7 @@ from fxprune.repair import RIDGE, Solved
 from fxprune.types import BoolArray
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried, as shares of the mean variance of the kept inputs
+AT_ONCE = 1 << 24  # numbers of regressions that are held at a time
 Sums: TypeAlias = list[Tensor]
 
 
@@ -55,22 +57,21 @@ class Joint:
         """The moments of X - (E + guess) X' with X' [g, v, k]."""
         return self.across if guess is None else self.across - guess @ self.inside
 
-    def ridged(self, ridge: float) -> Tensor:
-        level = self.inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * ridge
-        ridged: Tensor = self.inside + torch.diag_embed(level[:, None].expand(self.mean.shape))
-        return ridged
+    def fits(self, ridges: Sequence[float], guess: Tensor | None) -> Iterator[Tensor]:
+        """``guess`` + D, for some ridges at a time [n, g, v, k]."""
+        across = self.about(guess)
+        step = max(1, AT_ONCE // max(1, across.numel() + self.inside.numel()))
+        mean = self.inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        for i in range(0, len(ridges), step):
+            level = torch.tensor(ridges[i : i + step], dtype=mean.dtype)[:, None] * mean
+            inside = self.inside.repeat(len(level), 1, 1, 1)
+            inside.diagonal(dim1=2, dim2=3).add_(level[:, :, None])
+            found = _solved(inside, across)
+            yield found if guess is None else found.add_(guess)
 
     def fit(self, ridge: float, guess: Tensor | None) -> Tensor:
         """``guess`` + D [g, v, k]."""
-        across = self.about(guess)
-        inside = self.ridged(ridge)
-        factor, failed = torch.linalg.cholesky_ex(inside)
-        if bool(failed.any()):
-            found = across @ torch.linalg.pinv(inside, hermitian=True)
-        else:
-            found = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
-        total: Tensor = found if guess is None else guess + found
-        return total
+        return next(self.fits([ridge], guess))[0]
 
     def seen_by(self, outputs: Tensor) -> Joint:
         """The same for ``outputs`` [g, f, v] of X - E X', in the place of its variables."""
@@ -78,12 +79,27 @@ class Joint:
         return Joint(self.count, rest, self.mean, outputs @ self.across, self.inside)
 
     def left(self, found: Tensor) -> Tensor:
-        """[g, v] mean of X - (E + found) X'."""
-        return self.rest - (found @ self.mean[:, :, None])[:, :, 0]
+        """[*, g, v] means of X - (E + found) X' for some ``found`` [*, g, v, k]."""
+        return self.rest - (found @ self.mean[:, :, None])[..., 0]
 
-    def error(self, found: Tensor) -> float:
-        """|X - (E + found) X'|^2 less |X - E X'|^2."""
-        return float((found * (found @ self.inside - 2 * self.across)).sum())
+    def errors(self, found: Tensor) -> Tensor:
+        """[n]: |X - (E + found) X'|^2 less |X - E X'|^2 for some ``found`` [n, g, v, k]."""
+        return (found * (found @ self.inside - 2 * self.across)).sum((1, 2, 3))
+
+
+def _solved(inside: Tensor, across: Tensor) -> Tensor:
+    """[n, g, v, k]: across [g, v, k] inside^-1 for several ``inside`` [n, g, k, k]."""
+    factor, failed = torch.linalg.cholesky_ex(inside)
+    if not bool(failed.any()):
+        wide = across.transpose(1, 2).expand(len(inside), -1, -1, -1)
+        return torch.cholesky_solve(wide, factor).transpose(2, 3)
+    found = [
+        across @ torch.linalg.pinv(m, hermitian=True)
+        if bool(f.any())
+        else _solved(m[None], across)[0]
+        for m, f in zip(inside, failed, strict=True)
+    ]
+    return torch.stack(found)
 
 
 class Folds:
@@ -101,16 +117,15 @@ class Folds:
         """``rest`` [S, g, v] is to be fitted from ``y`` [S, g, k]; fold 1 is held out."""
         if self.shifts is None:
             self.shifts = rest.mean(0), y.mean(0)
-        rest, y = rest - self.shifts[0], y - self.shifts[1]
         sums = self.sums[fold]
         for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
-            parts = [
-                r.sum(0),
-                k.sum(0),
-                torch.einsum("sgv,sgk->gvk", r, k),
-                torch.einsum("sgi,sgk->gik", k, k),
-            ]
-            wide = [p.double().cpu() for p in parts]
+            k = k - self.shifts[1]
+            both = torch.cat([r - self.shifts[0], k], 2)
+            if k.shape[1] == 1:
+                second = (k[:, 0].t() @ both[:, 0])[None]
+            else:
+                second = torch.einsum("sgk,sgb->gkb", k, both)
+            wide = [p.double().cpu() for p in (both.sum(0), second)]
             sums[:] = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
         self.counts[fold] += len(rest)
 
@@ -121,7 +136,11 @@ class Folds:
         count = sum(self.counts[f] for f in folds)
         parts = [self.sums[f] for f in folds if self.counts[f]]
         total = [torch.stack(p).sum(0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
-        rest, mean, across, inside = (s / count for s in total)
+        first, second = (s / count for s in total)
+        sizes = [t.shape[1] for t in self.shifts]
+        rest, mean = first.split(sizes, 1)
+        across, inside = second.split(sizes, 2)
+        across = across.transpose(1, 2)
         across = across - rest[:, :, None] * mean[:, None]
         inside = inside - mean[:, :, None] * mean[:, None]
         rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
@@ -145,15 +164,18 @@ class Folds:
             seen = torch.zeros_like(held.across)
             if guess is not None:
                 seen = guess if outputs is None else outputs @ guess
-            tried: list[float | None] = [None, *RIDGES]
-            for ridge in tried:
-                found = seen if ridge is None else fitted.fit(ridge, seen)
+            tried: Iterator[Tensor] = chain([seen[None]], fitted.fits(RIDGES, seen))
+            ridges = iter((None, *RIDGES))
+            for found in tried:
                 left = held.left(found)
-                moved = float((left - fitted.left(found)).square().sum())
-                still = float(left.square().sum())
-                error = held.error(found) + (min(moved, still) if centred else 0.0)
-                if error < best.error:
-                    best = Choice(ridge, guess, centred and moved < still, error)
+                moved = (left - fitted.left(found)).square().sum((1, 2))
+                still = left.square().sum((1, 2))
+                errors = held.errors(found) + (torch.minimum(moved, still) if centred else 0.0)
+                mean = moved < still
+                for error, moves in zip(errors.tolist(), mean.tolist(), strict=True):
+                    ridge = next(ridges)
+                    if error < best.error:
+                        best = Choice(ridge, guess, centred and moves, error)
         return best
 
 
@@ -190,12 +212,14 @@ class Pair:
     def add(self, x: Tensor, y: Tensor, fold: int = 0) -> None:
         """Rows of the original's input [S, V] and of the pruned model's [S, V']; 1: held out."""
         x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-        kept = self.kept.to(x.device)
-        y = y.unflatten(1, kept.shape)
-        rest = x.unflatten(1, self.keep.shape)[:, self.alive.to(x.device)].clone()
-        rest.scatter_add_(2, kept.expand(len(rest), -1, -1), -y)
-        self.unchanged = self.unchanged and not bool(rest.any())
-        self.folds.add(rest, y, fold)
+        kept, alive = self.kept.to(x.device), self.alive.to(x.device)
+        for part, k in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            rest = part.unflatten(1, self.keep.shape)
+            rest = rest.clone() if len(alive) == len(self.keep) else rest[:, alive]
+            k = k.unflatten(1, kept.shape)
+            rest.scatter_add_(2, kept.expand(len(rest), -1, -1), -k)
+            self.unchanged = self.unchanged and not bool((rest != 0).any())
+            self.folds.add(rest, k, fold)
 
     def solve(
         self,

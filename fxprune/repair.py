@@ -397,19 +397,31 @@ def _rewrite(
     kept, removed, offset = (t.to(device) for t in (solved.kept, solved.removed, solved.offset))
     regression = None if solved.regression is None else solved.regression.to(device)
     w = blocks[solved.alive.to(device)] if len(solved.alive) < len(blocks) else blocks
-    at = torch.arange(len(w), device=device)[:, None, None]
     step = max(1, _AT_ONCE // max(1, w.shape[0] * w.shape[2] * w.shape[3]))
     taps = coverage.to(device)
     weights: list[Tensor] = []
     shifts: list[Tensor] = []
     for part in torch.split(kept_rows.to(device), step, dim=1):
-        stay = w[at, part[:, :, None], kept[:, None, :]].double()
-        gone = w[at, part[:, :, None], removed[:, None, :]].double()
+        whole = _taken(w, part, 1).double()
+        stay = _taken(whole, kept, 2)
+        # as many as there are: all of them, in their order
+        gone = whole if removed.shape[1] == w.shape[2] else _taken(whole, removed, 2)
         if regression is not None:
             stay = stay + torch.einsum("gort,grk->gokt", gone, regression)
         weights.append(stay)
         shifts.append(torch.einsum("gort,gr,t->go", gone, offset, taps))
     return torch.cat(weights, 1), torch.cat(shifts, 1).flatten()
+
+
+def _taken(t: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Of ``t`` [g, *], along ``dim`` the positions that ``index`` [g, n] names for each g."""
+    if len(t) == 1:
+        return t.index_select(dim, index[0])
+    shape = [len(t), *[1] * (t.ndim - 1)]
+    shape[dim] = index.shape[1]
+    sizes = [*t.shape]
+    sizes[dim] = index.shape[1]
+    return t.gather(dim, index.reshape(shape).expand(sizes))
 
 
 def repair_lstsq(

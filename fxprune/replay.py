@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fxprune.cut import cut
+from fxprune.cut import Walked, cut
 from fxprune.errors import InternalError
+from fxprune.formats import channels_last
+from fxprune.fused import Fused
 from fxprune.inputs import divisible, samples_of
 from fxprune.isolate import exact_arithmetic
 from fxprune.moments import Layout
@@ -76,24 +78,27 @@ class Replay:
         room -= sum(samples_of(b) for b in held_out)
         repair = some(repair, max(FEWEST, min(max_samples, room)))
         repair = _in_folds([p for b in repair for p in in_pieces(b)])
-        self.inputs, self.held_out = [*repair, *held_out], len(held_out)
+        self.inputs = channels_last(traced.graph_module, [*repair, *held_out])
+        repair, self.held_out = self.inputs[: len(repair)], len(held_out)
         with exact_arithmetic(), evaluating(traced.graph_module):
             self.original = Recorded(traced, repair)
         refused = list(self.original.refused)
         self.once = once(refused) if refused else _nothing
+        self.sketches: dict[str, Tensor] = {}
         self.map = GraphMap(traced)
         self.kept = Snapshots(max_bytes)
         self.originals = self.outputs(PrunePlan({}))
 
     def outputs(self, plan: PrunePlan) -> list[Any]:
         """What the repaired candidate gives for each held-out batch."""
-        module = cut(self.traced, plan)
+        module = cut(self.traced, plan, Walked)
         self.once(plan, module)
         groups = self.map.changed(plan)
         first = groups[0][0] if groups else len(self.map.position)
         with exact_arithmetic(), evaluating(module):
             side = _Candidate(module, self.inputs, self, groups)
             walk = Walk(self.traced, plan, self.original, side)
+            walk.sketches = self.sketches
             for consumer in self.traced.consumers:
                 at = self.map.position.get(consumer.node, -1)
                 if at >= first and not side.passed(consumer.node):
@@ -356,6 +361,7 @@ class _Candidate(Side):
         groups: list[tuple[int, str, tuple[int, ...]]],
     ) -> None:
         super().__init__(module, inputs)
+        self.run = Fused(module, inputs)
         self.map, self.kept, self.groups = replay.map, replay.kept, groups
         self.run.careful = replay.original.writes
         self.number = {n.name: i for i, n in enumerate(self.nodes)}

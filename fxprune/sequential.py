@@ -216,6 +216,7 @@ class Walk:
     queue  samples that start when there is room for them
     once   gives first guesses
     refit  whether the samples that choose take part in the fit
+    sketches  consumer key -> its outputs, on which ridges are judged; the same for every plan
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class Walk:
         self.queue: Queue | None = None
         self.once: LeastSquares | None = None
         self.refit = self.correct = True
+        self.sketches: dict[str, Tensor] = {}
         sizes = np.cumsum(original.sizes)
         starts = (sizes - original.sizes).tolist()
         self.folds = [int(n >= sizes[-1] * (1 - 1 / HELD_OUT)) for n in starts]
@@ -329,15 +331,12 @@ class Walk:
 
         f is at most SKETCH: random signs keep squared errors right on average.
         """
-        blocks = split_weight(consumer, self.weights[consumer.weight], layout)
-        blocks = blocks.cpu()[pair.alive].double() * coverage.sqrt()
-        rows = blocks.transpose(2, 3).flatten(1, 2)
-        if rows.shape[1] <= SKETCH:
-            return rows
-        generator = torch.Generator().manual_seed(rows.shape[1])
-        signs = torch.randint(0, 2, (SKETCH, rows.shape[1]), generator=generator) * 2 - 1
-        mixed: Tensor = signs.double() @ rows / SKETCH**0.5
-        return mixed
+        known = self.sketches.get(consumer.key)
+        if known is None:
+            blocks = split_weight(consumer, self.weights[consumer.weight], layout)
+            known = _sketch(blocks.cpu().double() * coverage.sqrt())
+            self.sketches[consumer.key] = known
+        return known if len(pair.alive) == len(known) else known[pair.alive]
 
     def _measure(self, consumer: Consumer, layout: Layout, pair: Pair) -> Tensor:
         """Gather both models' inputs to ``consumer``; how often its taps meet them, [T]."""
@@ -349,3 +348,14 @@ class Walk:
                 raise Cannot("the rows of its input are not the same in both models")
             pair.add(full.values, cut.values, self.folds[i])
         return self.original.coverage(consumer)
+
+
+def _sketch(blocks: Tensor) -> Tensor:
+    """Weights [g, o, v, T] -> [g, f, v]."""
+    rows = blocks.transpose(2, 3).flatten(1, 2)
+    if rows.shape[1] > SKETCH:
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        signs = torch.randint(0, 2, (SKETCH, rows.shape[1]), generator=generator) * 2 - 1
+        rows = signs.double() @ rows / SKETCH**0.5
+    # squared errors are those of the triangle
+    return torch.linalg.qr(rows, mode="r").R if rows.shape[1] > rows.shape[2] else rows

@@ -44,6 +44,8 @@ ORDER = [
         "sides",
         "correction",
         "sequential",
+        "formats",
+        "fused",
         "replay",
         "fitness",
         "workers",
