@@ -16,6 +16,7 @@ from fxprune.copies import copied
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, longer
 from fxprune.products import evaluating
+from fxprune.record import Recorded
 from fxprune.rephrase import rephrase
 from fxprune.tracing import ConcreteTracer
 from fxprune.trees import reachable, tensors
@@ -34,6 +35,7 @@ class Captured:
     given         the example inputs, and how the user's class takes them
     opaque        path of each module kept whole -> reason
     settled       parameters that hold what the model computes from them (``coupling.computed``)
+    recorded      what the run has done, where that says all; only until it is read
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +43,7 @@ class Captured:
     given: Inputs
     opaque: dict[str, str]
     settled: tuple[str, ...] = ()
+    recorded: Recorded | None = None
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -116,43 +119,54 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     rng = torch.get_rng_state()
     try:
         with evaluating(base), torch.compiler.set_stance("force_eager"):
-            gm, whole, counts = _captured(base, inputs, any_batch=False)
-            if counts and _bound_to_batch(gm, base, inputs):
-                gm, whole, _ = _captured(base, inputs, any_batch=True)
+            gm, run = _captured(base, inputs, any_batch=False)
+            if run.counts and _bound_to_batch(gm, base, inputs):
+                gm, run = _captured(base, inputs, any_batch=True)
     finally:
         torch.set_rng_state(rng)
     gm.__class__.__name__ = type(model).__name__
-    return Captured(gm, base, inputs, whole.reasons())
+    return Captured(gm, base, inputs, run.whole.reasons(), recorded=run.recorded)
 
 
-def _captured(
-    base: nn.Module, inputs: Inputs, any_batch: bool
-) -> tuple[fx.GraphModule, Whole, bool]:
-    """The graph module, what stays whole in it, and whether Python may have counted samples."""
-    whole = Whole()
-    graph, counts = _trace(base, inputs, whole, any_batch)
-    rephrase(graph)
-    for node in graph.nodes:
-        node.meta.pop("value", None)
+@dataclass
+class _Run:
+    """One trace: what stays whole, what it has recorded, whether Python may have counted samples
+    (see ConcreteTracer)."""
+
+    whole: Whole
+    recorded: Recorded | None = None
+    counts: bool = False
+
+
+def _captured(base: nn.Module, inputs: Inputs, any_batch: bool) -> tuple[fx.GraphModule, _Run]:
+    """The graph module, and how it came about."""
+    run = _Run(Whole())
+    graph = _trace(base, inputs, run, any_batch)
+    if rephrase(graph):
+        run.recorded = None
+    values = {n.name: n.meta.pop("value") for n in graph.nodes if "value" in n.meta}
+    if run.recorded is not None:
+        run.recorded.values = values
     graph.eliminate_dead_code(is_impure)
     gm = fx.GraphModule(base, graph, type(base).__name__)
-    return gm.eval(), whole, counts
+    return gm.eval(), run
 
 
-def _trace(base: nn.Module, inputs: Inputs, whole: Whole, any_batch: bool) -> tuple[fx.Graph, bool]:
-    """The graph; what cannot be recorded is added to ``whole``, the smallest part first.
-
-    And whether Python may have counted samples (see ConcreteTracer).
-    """
+def _trace(base: nn.Module, inputs: Inputs, run: _Run, any_batch: bool) -> fx.Graph:
+    """The graph; what cannot be recorded is added to ``run.whole``, the smallest part first."""
     while True:
-        tracer = ConcreteTracer(inputs, whole, any_batch)
+        tracer = ConcreteTracer(inputs, run.whole, any_batch)
         try:
             with state_kept(base):
-                return tracer.trace(base), tracer.counts
+                graph = tracer.trace(base)
         except Exception as error:  # noqa: BLE001 - user code may raise anything; it is kept
             _check_runs(base, inputs)
-            if not whole.blame(error, tracer.failed):
-                return WholeModel(base, inputs).graph(), False
+            if not run.whole.blame(error, tracer.failed):
+                return WholeModel(base, inputs).graph()
+        else:
+            run.counts = tracer.counts
+            run.recorded = Recorded(tracer.recorder.ops) if tracer.recorder.complete else None
+            return graph
 
 
 def _bound_to_batch(gm: fx.GraphModule, base: nn.Module, inputs: Inputs) -> bool:

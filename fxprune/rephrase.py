@@ -11,11 +11,16 @@ from torch import Tensor, fx
 from fxprune.values import named
 
 
-def rephrase(graph: fx.Graph) -> None:
-    """Rewrite ``graph`` in place; nodes carry their values in ``meta["value"]``."""
-    for node in list(graph.nodes):
+def rephrase(graph: fx.Graph) -> bool:
+    """Rewrite ``graph`` in place; nodes carry their values in ``meta["value"]``.
+
+    Returns whether anything was rewritten.
+    """
+    nodes = list(graph.nodes)
+    for node in nodes:
         _repeated_heads(graph, node)
         _form_alone(graph, node)
+    return list(graph.nodes) != nodes
 
 
 def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:

@@ -173,4 +173,5 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     Raises ModelError when the model does not run on them or its forward cannot be traced.
     """
     captured = settled(capture(model, example_inputs))
-    return Traced(captured, couple(captured))
+    coupling = couple(captured)
+    return Traced(replace(captured, recorded=None), coupling)

@@ -23,10 +23,12 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_map_only
 
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, divisible, samples_of
 from fxprune.leaves import is_leaf
+from fxprune.record import Recorder
 from fxprune.trees import holds, leaves
 from fxprune.values import Value, follows_data, is_traced, seen_as_values
 from fxprune.whole import CONSTANT, DataDependence, KeptWhole, Whole, autocast_recorded
@@ -57,6 +59,7 @@ class ConcreteTracer(fx.Tracer):
     def __init__(self, inputs: Inputs, whole: Whole, any_batch: bool = False) -> None:
         super().__init__(autowrap_modules=(math,))
         self.inputs, self.whole = inputs, whole
+        self.recorder = Recorder()
         self.proxy_buffer_attributes = True
         self.running = False
         self.failed: tuple[str, Exception] | None = None
@@ -111,7 +114,8 @@ class ConcreteTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         names = self.inputs.names or _input_names(self.root, len(self.inputs.values))
         args: list[Any] = []
-        for name, value in zip(names, self.inputs.values, strict=True):
+        values = tree_map_only(Tensor, torch.clone, self.inputs.values)  # forward may write to them
+        for name, value in zip(names, values, strict=True):
             node = self.create_node("placeholder", name, (), {})
             node.meta["value"] = value
             args.append(self.proxy(node))
@@ -158,21 +162,19 @@ class ConcreteTracer(fx.Tracer):
     def _run(self, node: fx.Node) -> Any:
         args = fx.node.map_arg(node.args, self._value_of)
         kwargs = fx.node.map_arg(node.kwargs, self._value_of)
+        call: Any = node.target
         self.running = True
         try:
-            if node.op == "call_module":
-                path = str(node.target)
-                call = self.root.get_submodule(path)
-                if path in self.whole.modules:
-                    return self._run_whole(node, call, args, kwargs)
-                return call(*args, **kwargs)
-            if isinstance(node.target, KeptWhole):
-                return self._run_whole(node, node.target, args, kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             if node.op == "get_attr":
-                return _attribute(self.root, str(node.target))
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+                return _attribute(self.root, call)
+            if node.op == "call_module":
+                call = self.root.get_submodule(call)
+            elif node.op == "call_method":
+                call, args = getattr(args[0], call), args[1:]
+            if isinstance(call, KeptWhole) or node.target in self.whole.modules:
+                self.recorder.complete = False
+                return self._run_whole(node, call, args, kwargs)
+            return self.recorder.call(node.name, call, args, kwargs)
         finally:
             self.running = False
 

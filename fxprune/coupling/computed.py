@@ -44,7 +44,8 @@ def settled(captured: Captured) -> Captured:
     if not found:
         return captured
     values = {name: formulas.values[roots[0]] for name, roots in found.items()}
-    return replace(captured, graph_module=_plain(formulas.gm, values, found), settled=tuple(values))
+    gm = _plain(formulas.gm, values, found)
+    return replace(captured, graph_module=gm, settled=tuple(values), recorded=None)
 
 
 class _Formulas:

@@ -26,6 +26,7 @@ from fxprune.coupling.recurrent import recurrent
 from fxprune.coupling.rules import apply_rule, meet
 from fxprune.leaves import is_leaf
 from fxprune.products import Product, as_product, evaluating, storage_key
+from fxprune.record import Composites, Recorded
 from fxprune.types import IntArray
 from fxprune.whole import KeptWhole
 
@@ -64,11 +65,15 @@ class _LabelMode(TorchDispatchMode):
         if self.labels.opaque:
             found = (self.names.get(storage_key(t)) for t in trees.tensors((args, kwargs)))
             self.used.update(name for name in found if name is not None)
+        self.done(func, args, kwargs, out)
+        return out
+
+    def done(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        """An op has run."""
         apply_rule(self.labels, func, args, kwargs, out)
         product = as_product(func, args)
         if product is not None and storage_key(product.w) in self.names:
             self._product(product)
-        return out
 
     def _product(self, product: Product) -> None:
         key, name = f"{self.node}:{self.count}", self.names[storage_key(product.w)]
@@ -87,26 +92,6 @@ class _LabelMode(TorchDispatchMode):
             found[0] if found else None,
         )  # fmt: skip
         self.labels.facts.products.append(record)
-
-
-class _Composites(TorchFunctionMode):
-    """Functions that would arrive as many ops, of which one locks the channels, taken as one op."""
-
-    def __init__(self, labels: Labels) -> None:
-        super().__init__()
-        self.labels = labels
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (torch.rms_norm, F.rms_norm):
-            return func(*args, **kwargs)
-        with _disable_current_modes():
-            out = func(*args, **kwargs)
-        names = ("input", "normalized_shape", "weight", "eps")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        op = torch.ops.aten.rms_norm.default
-        apply_rule(self.labels, op, [given.get(n) for n in names[:3]], {}, out)
-        return out
 
 
 class _Shape(tuple[int, ...]):
@@ -179,7 +164,32 @@ class _LabelInterpreter(fx.Interpreter):
         super().__init__(gm)
         self.mode, self.values = mode, values
         self.labels = mode.labels
-        self.composites = _Composites(self.labels)
+        self.composites = Composites(functools.partial(apply_rule, self.labels))
+        self.recorded: Recorded | None = None
+
+    def read(self, recorded: Recorded) -> None:
+        """The same as ``run``, from what has been recorded."""
+        self.recorded = recorded
+        for n in self.module.graph.nodes:  # type: ignore[union-attr]
+            self.run_node(n)
+
+    def _recorded(self, recorded: Recorded, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            recorded.values[n.name] = self.fetch_attr(str(n.target))
+        if n.name in recorded.values:
+            for op in recorded.ops.get(n.name, ()):
+                self.mode.done(*op)
+            return recorded.values[n.name]
+        args, kwargs = self._known((n.args, n.kwargs))
+        with self.mode:  # an object that holds results, made for the output
+            made = args[0] if n.op == "output" else n.target(*args, **kwargs)  # type: ignore[operator]
+        recorded.values[n.name] = made
+        return made
+
+    def _known(self, tree: Any) -> Any:
+        """``tree`` with recorded values in place of nodes."""
+        values = self.recorded.values if self.recorded is not None else {}
+        return fx.node.map_arg(tree, lambda i: values[i.name])
 
     def run_node(self, n: fx.Node) -> Any:
         self.mode.node, self.mode.count = n.name, 0
@@ -191,9 +201,11 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.expands = n.op != "call_module" and _expands(n)
         block = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(block, ParametrizationList):
-            result = self._parametrized(block)
+            result = self._parametrized(n, block)
         elif isinstance(block, torch.nn.RNNBase):
             result = self._recurrent(block, n)
+        elif self.recorded is not None:
+            result = self._recorded(self.recorded, n)
         elif self.labels.opaque:
             result = self._every_way(n)
         else:
@@ -246,10 +258,10 @@ class _LabelInterpreter(fx.Interpreter):
         own = [] if part is None else list(part.parameters())
         return any(self.mode.names.get(storage_key(t)) not in self.mode.used for t in own)
 
-    def _parametrized(self, block: ParametrizationList) -> Tensor:
+    def _parametrized(self, n: fx.Node, block: ParametrizationList) -> Tensor:
         """The weight has the labels of the parameter of its shape, along the dims that may go."""
         with _disable_current_modes():
-            weight: Tensor = block()
+            weight: Tensor = block() if self.recorded is None else self.recorded.values[n.name]
             free, name = parametrized.free_dims(block), parametrized.source(block)
         named = tensors_of(block)
         behind = next((t for own, t in named if own == name), None)
@@ -268,9 +280,13 @@ class _LabelInterpreter(fx.Interpreter):
         return weight
 
     def _recurrent(self, block: torch.nn.RNNBase, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        with _disable_current_modes():
-            result = block(*args, **kwargs)
+        if self.recorded is None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            with _disable_current_modes():
+                result = block(*args, **kwargs)
+        else:
+            args, kwargs = self._known((n.args, n.kwargs))
+            result = self.recorded.values[n.name]
         recurrent(self.labels, block, args, kwargs, result)
         return result
 
@@ -335,9 +351,10 @@ def call_name(node: fx.Node) -> str:
 
 
 def label_run(captured: Captured) -> Run:
-    """Run the graph once, node by node, and gather what its ops say about channels.
+    """Gather what the ops of a graph say about channels, node by node.
 
-    The inputs are copied first, so that a model that writes to them leaves the caller's alone.
+    From what the tracer has recorded; where that does not say all, the graph is run once more. The
+    inputs are copied first, so that a model that writes to them leaves the caller's alone.
     """
     gm = captured.graph_module
     labels = Labels()
@@ -358,13 +375,18 @@ def label_run(captured: Captured) -> Run:
             parameters[name] = Traits(tuple(t.shape), t.dtype, (), learnable)
     mode = _LabelMode(labels, names, parameters)
     values: dict[str, Any] = {}
-    inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
-    rng = torch.get_rng_state()
-    try:
-        with evaluating(gm), state_kept(gm), mode:
-            _LabelInterpreter(gm, mode, values).run(*inputs)
-    finally:
-        torch.set_rng_state(rng)
+    interpreter = _LabelInterpreter(gm, mode, values)
+    recorded = captured.recorded
+    if recorded is not None and not any(call_name(n) in COMPOSITES for n in gm.graph.nodes):
+        interpreter.read(recorded)
+    else:
+        inputs: Sequence[Any] = tree_map_only(Tensor, torch.clone, captured.inputs)
+        rng = torch.get_rng_state()
+        try:
+            with evaluating(gm), state_kept(gm), mode:
+                interpreter.run(*inputs)
+        finally:
+            torch.set_rng_state(rng)
     traits = [t for t in tree_leaves([*values.values(), parameters]) if isinstance(t, Traits)]
     labels.settle_products(f for t in traits for f in t.fields)
     return Run(labels.facts, values, parameters)
