@@ -94,24 +94,34 @@ class Composites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _COMPOSITES:
+        op, names, count = _COMPOSITES.get(func, (None, (), 0))
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if op is None or (op is aten._pad_circular.default and given.get("mode") != "circular"):
             return func(*args, **kwargs)
         with _disable_current_modes():
             out = func(*args, **kwargs)
-        names = ("input", "normalized_shape", "weight", "eps")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        self.found(aten.rms_norm.default, [given.get(n) for n in names[:3]], {}, out)
+        self.found(op, [given.get(n) for n in names[:count]], {}, out)
         return out
 
 
-_COMPOSITES = (torch.rms_norm, F.rms_norm)
+_RMS = aten.rms_norm.default, ("input", "normalized_shape", "weight", "eps"), 3
+_PAD = aten._pad_circular.default, ("input", "pad", "mode"), 2
+_COMPOSITES: dict[Any, tuple[Any, tuple[str, ...], int]] = {
+    torch.rms_norm: _RMS,
+    F.rms_norm: _RMS,
+    F.pad: _PAD,
+    torch._C._nn.pad: _PAD,
+}
+"""Function -> the op that it counts as, the names of its arguments, how many of them count."""
 
 
 def _may_call_composites(target: Any) -> bool:
-    """torch's own modules and functions do not call them, but for RMSNorm."""
+    """torch's own modules and functions do not call them, but for RMSNorm and circular padding."""
     home = getattr(type(target) if isinstance(target, nn.Module) else target, "__module__", None)
     own = (home or "builtins").partition(".")[0] in ("torch", "_operator", "builtins", "math")
-    return not own or isinstance(target, nn.RMSNorm) or target in _COMPOSITES
+    padded = getattr(target, "padding_mode", None) == "circular"
+    composite = getattr(target, "__hash__", None) is not None and target in _COMPOSITES
+    return not own or isinstance(target, nn.RMSNorm) or padded or composite
 
 
 # -- calls whose ops are known ----------------------------------------------------------------

@@ -19,6 +19,7 @@ def rephrase(graph: fx.Graph) -> bool:
     nodes = list(graph.nodes)
     for node in nodes:
         _repeated_heads(graph, node)
+        _repeated_once(graph, node)
         _form_alone(graph, node)
     return list(graph.nodes) != nodes
 
@@ -53,6 +54,33 @@ def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(made)
     graph.erase_node(node)
     graph.erase_node(source)
+
+
+def _repeated_once(graph: fx.Graph, node: fx.Node) -> None:
+    """index.repeat(1, 1, c), where that dim had size 1, is an expansion: its extent may be cut."""
+    if node.op != "call_method" or node.target != "repeat" or node.kwargs:
+        return
+    x: Any = node.args[0]
+    given: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    before, after = x.meta.get("value"), node.meta.get("value")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return
+    if len(given) != before.dim() or any(isinstance(n, fx.Node) and _holds_more(n) for n in given):
+        return
+    same = [a == b for a, b in zip(before.shape, after.shape, strict=True)]
+    if all(same[1:]) or not all(e or s == 1 for e, s in zip(same, before.shape, strict=True)):
+        return
+    sizes = tuple(-1 if e and n == 1 else n for e, n in zip(same, given, strict=True))
+    with graph.inserting_before(node):
+        grown = graph.call_method("expand", (x, *sizes))
+        made = graph.call_method("clone", (grown,))
+    grown.meta["value"] = made.meta["value"] = after
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _holds_more(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("value"), int)
 
 
 def _form_alone(graph: fx.Graph, node: fx.Node) -> None:

@@ -44,6 +44,10 @@ _CREATORS = (
     "rand",
     "randn",
 )
+_METHODS = (
+    "expand", "view", "reshape", "repeat", "to", "new_zeros", "new_ones", "new_full", "new_empty",
+    "unflatten", "tile", "narrow", "split", "chunk",
+)  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
 _OF_VALUES = ("tensor", "as_tensor", "finfo", "iinfo")  # recorded where a traced value goes in
 
 
@@ -263,12 +267,40 @@ class ConcreteTracer(fx.Tracer):
         try:
             for space, name, patch in patches:
                 space[name] = patch
-            with autocast_recorded(self):
+            with autocast_recorded(self), self._methods_recorded():
                 yield
         finally:
             for space, name, original in reversed(originals):
                 space[name] = original
             fx_trace._wrapped_fns_to_patch.update(wrapped)
+
+    @contextmanager
+    def _methods_recorded(self) -> Iterator[None]:
+        """A constant tensor that is given traced sizes, a device or a dtype becomes a node too."""
+
+        def recorded(name: str) -> Callable[..., Any]:
+            original = getattr(Tensor, name)
+
+            @functools.wraps(original)
+            def call(t: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self.running or not _has_proxy((args, kwargs)):
+                    return original(t, *args, **kwargs)
+                return self.create_proxy("call_method", name, (t, *args), kwargs)
+
+            return call
+
+        own = {name: vars(Tensor)[name] for name in _METHODS if name in vars(Tensor)}
+        patches = {name: recorded(name) for name in _METHODS}
+        try:
+            for name, patch in patches.items():
+                setattr(Tensor, name, patch)
+            yield
+        finally:
+            for name in _METHODS:
+                if name in own:
+                    setattr(Tensor, name, own[name])
+                elif name in vars(Tensor):
+                    delattr(Tensor, name)
 
     def _recorded(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
         always = name in _CREATORS

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from patterns import case
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 TOKENS = ((2, 5, 8),)
 
@@ -66,3 +67,168 @@ class ComputedWeights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         opened = F.linear(self.p(x).sigmoid(), self.u.exp())
         return opened + F.linear(self.q(x).relu(), self.w.exp())
+
+
+class _Picked(nn.Module):
+    """a: 8 -> 12, then ``pick`` along the tokens, then b: 12 -> 5; r gives numbers of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(8, 12), nn.Linear(8, 4), nn.Linear(12, 5)
+
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.pick(self.a(x), self.r(x).mean(-1).argsort(1)))
+
+
+PICKED = "a.weight:0 b.weight:1"
+
+
+@case(PICKED, inputs=TOKENS)
+class GatherExpanded(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return y.gather(1, order[:, :3, None].expand(-1, -1, y.shape[-1]))
+
+
+@case(PICKED, inputs=TOKENS)
+class GatherRepeated(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return torch.gather(y, 1, order.unsqueeze(-1).repeat(1, 1, y.size(-1)))
+
+
+@case(PICKED, inputs=TOKENS)
+class GatherConstant(_Picked):
+    """A constant tensor whose method is given a traced size."""
+
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return y.gather(1, torch.tensor([0, 3, 1])[None, :, None].expand(y.shape[0], 3, 12))
+
+
+@case("", locked=PICKED, inputs=TOKENS)
+class GatherChannels(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return y.gather(2, (order[..., None] + torch.arange(12)) % 12)
+
+
+@case(PICKED, inputs=TOKENS)
+class TakenAlong(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return torch.take_along_dim(y, order[..., None], 1)
+
+
+@case(PICKED, inputs=TOKENS)
+class Scattered(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        return torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
+
+
+@case(PICKED, inputs=TOKENS)
+class ScatterAdded(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        into = torch.zeros(y.shape[0], 3, y.shape[-1], dtype=y.dtype)
+        return into.scatter_add_(1, (order % 3)[..., None].expand_as(y), y)
+
+
+@case(PICKED, inputs=TOKENS)
+class IndexAdded(_Picked):
+    """As sparse mixtures of experts collect their tokens."""
+
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        flat = y.flatten(0, 1)
+        rows = torch.arange(flat.shape[0]).flip(0)
+        return torch.zeros_like(flat).index_add_(0, rows, flat.relu()).view_as(y)
+
+
+@case(PICKED, inputs=TOKENS)
+class IndexWritten(_Picked):
+    def pick(self, y: Tensor, order: Tensor) -> Tensor:
+        result = torch.zeros_like(y)
+        result[:, torch.tensor([4, 2])] = y[:, :2]
+        return result + y
+
+
+class GroupedExperts(nn.Module):
+    """Tokens sorted by expert, one grouped product for each layer of all experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 5)
+        self.up, self.down = (nn.Parameter(torch.randn(3, *s) / 4) for s in ((24, 12), (12, 24)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(0, 1))
+        ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+        z = F.grouped_mm(y, self.up.transpose(1, 2), offs=ends).relu()
+        return self.last(y + F.grouped_mm(z, self.down.transpose(1, 2), offs=ends))
+
+
+@case("a.weight:0 b.weight:1 w:0", inputs=((2, 3, 8, 8),))
+class Spectrum(nn.Module):
+    """A filter in the frequencies of an image (global filter networks)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.w = nn.Parameter(torch.randn(8, 8, 5, 2) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.fft.rfft2(self.a(x), norm="ortho") * torch.view_as_complex(self.w)
+        return self.b(torch.fft.irfft2(y, s=(8, 8), norm="ortho"))
+
+
+@case("a.weight:0 b.weight:0 f.weight:0 f.weight:1 f.weight:2", inputs=TOKENS)
+class BilinearForm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 7), nn.Linear(9, 4)
+        self.f = nn.Bilinear(6, 7, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.f(self.a(x), self.b(x).relu()).sigmoid())
+
+
+@case("a.weight:0 code:1 b.weight:1", locked="code:0", inputs=TOKENS)
+class Quantised(nn.Module):
+    """The nearest entries of a codebook, by distances over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.code = nn.Parameter(torch.randn(10, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        nearest = F.embedding(torch.cdist(y, self.code).argmin(-1), self.code)
+        return self.b(y + (nearest - y).detach())
+
+
+@case("a.weight:0 w:0 w:1", locked="o.weight:0", inputs=((2, 3, 8, 8),))
+class Deformable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 18, 3, padding=1)
+        self.w, self.b = nn.Parameter(torch.randn(6, 8, 3, 3) / 8), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(deform_conv2d(y, self.o(y), self.w, padding=1).relu())
+
+
+@case("a.weight:0 b.weight:0", locked="g.weight:0", inputs=((2, 3, 8, 8),))
+class Images(nn.Module):
+    """Folds, circular padding, rotation, unpooling, sampling at learned places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.b = nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular")
+        self.g, self.c = nn.Conv2d(8, 2, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = F.fold(F.unfold(y, 3, padding=1), (8, 8), 3, padding=1).rot90(1, (2, 3))
+        y = F.grid_sample(y, self.g(y).permute(0, 2, 3, 1).tanh(), align_corners=False)
+        y, at = F.max_pool2d(self.b(y), 2, return_indices=True)
+        return self.c(F.max_unpool2d(y, at, 2))

@@ -30,7 +30,7 @@ def product(*names: str) -> Callable[[Rule], Rule]:
     return register(*names)
 
 
-def _dim_labels(fields: Fields, dim: int) -> IntArray | None:
+def dim_labels(fields: Fields, dim: int) -> IntArray | None:
     """[P, Q] labels at each position along ``dim``; None where nothing varies."""
     found = [f for f in fields if dim in varying(f)]
     if not found:
@@ -38,7 +38,7 @@ def _dim_labels(fields: Fields, dim: int) -> IntArray | None:
     return rows_by(found[0], dim).T
 
 
-def _record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | None]]) -> None:
+def record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | None]]) -> None:
     kept = []
     for size, labelled in dims:
         if labelled is None:
@@ -48,7 +48,7 @@ def _record(labels: Labels, const: int, dims: Sequence[tuple[int, IntArray | Non
     labels.facts.contractions.append(Contraction(const, tuple(kept)))
 
 
-_ADDED = "sums products of channels of which none is zero"
+ADDED = "sums products of channels of which none is zero"
 
 
 def _sides(labels: Labels, labelled: IntArray) -> list[IntArray]:
@@ -76,7 +76,7 @@ def contract(
     along = [f for f in fields if dim in varying(f)]
     for f in along:
         if not any(vanish.covers(labels, t, f, dim) for t in zero):
-            labels.lock(f, _ADDED)
+            labels.lock(f, ADDED)
     for i, f in enumerate(along):
         for g in along[:i]:
             labels.relate(g, f)
@@ -91,9 +91,9 @@ def _matmul(labels: Labels, x: Tensor, y: Tensor, out: Tensor, bias: Tensor | No
     fy = [np.expand_dims(f, at - 1) for f in labels.of(y)]
     shapes = [[*x.shape, 1], [*y.shape[:-2], 1, *y.shape[-2:]]]
     fields = [np.squeeze(f, at) for f in contract(labels, fx, fy, shapes, at, (x, y))]
-    sizes = [(s, _dim_labels(fields, d)) for d, s in enumerate(out.shape)]
-    inner = _dim_labels(labels.of(x), at)
-    _record(labels, 1, [*sizes, (x.shape[-1], inner)])
+    sizes = [(s, dim_labels(fields, d)) for d, s in enumerate(out.shape)]
+    inner = dim_labels(labels.of(x), at)
+    record(labels, 1, [*sizes, (x.shape[-1], inner)])
     if bias is not None:
         labels.put(out, fields)
         fields = meet(labels, [out, bias], out.dim())
@@ -136,9 +136,9 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
     fv = [np.expand_dims(f, n - 2) for f in labels.of(v)]
     shapes = [[*q.shape[:-1], k.shape[-2], 1], [*v.shape[:-2], 1, *v.shape[-2:]]]
     fields = [np.squeeze(f, n - 1) for f in contract(labels, fs, fv, shapes, n - 1, (v,))]
-    lead = [(s, _dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
-    _record(labels, k.shape[-2], [*lead, (q.shape[-1], _dim_labels(labels.of(q), n - 1))])
-    _record(labels, k.shape[-2], [*lead, (v.shape[-1], _dim_labels(labels.of(v), n - 1))])
+    lead = [(s, dim_labels(fields, d)) for d, s in enumerate(q.shape[:-1])]
+    record(labels, k.shape[-2], [*lead, (q.shape[-1], dim_labels(labels.of(q), n - 1))])
+    record(labels, k.shape[-2], [*lead, (v.shape[-1], dim_labels(labels.of(v), n - 1))])
     if kwargs.get("attn_mask") is not None:
         _masked(labels, kwargs["attn_mask"], scores)
     labels.put(result, fields)
@@ -169,13 +169,13 @@ def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, ou
             labels.lock(f, "kernel position")
     inputs, batch = _conv_input(labels, x)
     if inputs is not None and not (labels.vanishes(w) or labels.vanishes(x)):
-        labels.lock(inputs, _ADDED)
+        labels.lock(inputs, ADDED)
     w0, w1 = (_flat(labels, w, d) for d in (0, 1))
     outputs = (_transposed if transposed else _forward)(labels, inputs, w0, w1, w, groups)
     spatial = int(np.prod(x.shape[2:] if transposed else out.shape[2:]))
     taps = int(np.prod(w.shape[2:]))
     sides = [(w.shape[d], None if f is None else f[:, None]) for d, f in ((0, w0), (1, w1))]
-    _record(labels, spatial * taps * x.shape[0], sides)
+    record(labels, spatial * taps * x.shape[0], sides)
     fields = list(batch)
     if outputs is not None:
         fields.append(outputs.reshape([-1 if d == 1 else 1 for d in range(out.dim())]))

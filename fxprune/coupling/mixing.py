@@ -19,8 +19,14 @@ def _spatial(count: int) -> Rule:
         dims = range(x.dim() - count, x.dim())
         name = str(func.overloadpacket)
         fields = [labels.mix(f, dims, f"{name} along the channels") for f in labels.of(x)]
+        for other in (a for a in args[1:] if isinstance(a, Tensor)):
+            if other.shape == x.shape:  # the positions of maxima
+                fields += labels.of(other)
+            else:
+                labels.lock_all([other], "where an image is sampled")
+        fields = labels.combine([f for f in fields if f is not None])
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            labels.put(t, [f for f in fields if f is not None])
+            labels.put(t, fields)
 
     return rule
 
@@ -37,13 +43,15 @@ register("aten.upsample_linear1d")(_spatial(1))
 register(
     "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
     "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d", "aten.mkldnn_max_pool2d",
+    "aten.max_unpool2d",
 )(_spatial(2))  # fmt: skip
-register("aten.upsample_trilinear3d", "aten.grid_sampler_3d")(_spatial(3))
+register("aten.upsample_trilinear3d", "aten.grid_sampler_3d", "aten.max_unpool3d")(_spatial(3))
 
 
 @register("torchvision.roi_align", "torchvision.roi_pool")
 def _regions(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     """Regions of images: [N, C, H, W] -> [R, C, h, w]"""
+    labels.lock_all([args[1]], "the regions of images")
     fields = [labels.mix(f, (0, 2, 3), "regions of the images") for f in labels.of(args[0])]
     result = out[0] if isinstance(out, (tuple, list)) else out
     labels.put(result, [f for f in fields if f is not None])
@@ -54,7 +62,9 @@ def _regions(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: A
     "aten.std", "aten.var_mean", "aten.std_mean", "aten.linalg_vector_norm", "aten.norm",
     "aten.prod", "aten.any", "aten.all", "aten.argmax", "aten.argmin", "aten.logsumexp",
     "aten.softmax", "aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumsum",
-    "aten.cumprod", "aten.sort", "aten.topk", "aten.median",
+    "aten.cumprod", "aten.sort", "aten.topk", "aten.median", "aten.cummax", "aten.cummin",
+    "aten.logcumsumexp", "aten.mode", "aten.kthvalue", "aten._fft_r2c", "aten._fft_c2c",
+    "aten._fft_c2r",
 )  # fmt: skip
 def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     """Positions along the reduced dims are mixed."""
@@ -62,7 +72,7 @@ def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: An
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(a, b)
         elementwise(labels, func, args, kwargs, out)
         return
-    at = {"linalg_vector_norm": 2, "norm": 2, "topk": 2}.get(func.overloadpacket.__name__, 1)
+    at = _DIM_LATER.get(func.overloadpacket.__name__, 1)
     dims = dims_of(args[at] if len(args) > at else kwargs.get("dim", _default_dim(func)), x.dim())
     outs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
     name = str(func.overloadpacket)
@@ -75,6 +85,18 @@ def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: An
         fields = [f.reshape([s for d, s in enumerate(f.shape) if d not in dims]) for f in fields]
     for t in outs:
         labels.put(t, fields)
+
+
+_DIM_LATER = {"linalg_vector_norm": 2, "norm": 2, "topk": 2, "kthvalue": 2}
+
+
+@register("aten.linalg_cross")
+def _cross(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """x, y, z of vectors along one dim make those of the result."""
+    mixed = labels.combine(meet(labels, args[:2], out.dim()))
+    dims = [kwargs.get("dim", -1) % out.dim()]
+    left = [labels.mix(f, dims, "a cross product along the channels") for f in mixed]
+    labels.put(out, [f for f in left if f is not None])
 
 
 def _adds_up(labels: Labels, name: str, args: Sequence[Any]) -> bool:

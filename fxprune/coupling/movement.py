@@ -316,7 +316,7 @@ def _flip(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tens
     labels.put(out, fields)
 
 
-@register("aten.constant_pad_nd", "aten.pad")
+@register("aten.constant_pad_nd", "aten.pad", "aten._pad_circular")
 def _pad(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     pads = args[1]
     padded = {out.dim() - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
@@ -335,6 +335,7 @@ def _index(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
     else:
         indices = list(args[1])
     hit = [d for d, i in enumerate(indices) if i is not None]
+    labels.lock_all([i for i in indices if i is not None], "used as positions")
     if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
         labels.lock_all([x], "indexed by a mask")
         return
@@ -379,6 +380,38 @@ def _pixel_shuffle(
         shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
         fields.append(labels.merge(block, [1]).reshape(shape))
     labels.put(out, fields)
+
+
+@register("aten.col2im")
+def _fan_in(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """[N, C * taps, L] -> [N, C, H, W]"""
+    dim = out.dim() - 3
+    fields = []
+    for f in labels.of(args[0]):
+        if varying(f) != {dim}:
+            labels.lock(f, "folded over more than the channel dim")
+            continue
+        shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
+        fields.append(labels.merge(f.reshape(out.shape[dim], -1), [1]).reshape(shape))
+    labels.put(out, fields)
+
+
+@register("aten.rot90")
+def _rot90(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    k, dims = (*args[1:], *(1, [0, 1])[len(args) - 1 :])
+    i, j = sorted(d % out.dim() for d in dims)
+    mixed = [labels.mix(f, [i, j], "rotated along the channels") for f in labels.of(args[0])]
+    labels.put(out, [np.swapaxes(f, i, j) if k % 2 else f for f in mixed if f is not None])
+
+
+@register("aten.diagonal")
+def _diagonal(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """The diagonal of two dims becomes the last one."""
+    x = args[0]
+    at = (*args[2:4], *(kwargs.get("dim1", 0), kwargs.get("dim2", 1))[max(len(args) - 2, 0) :])
+    dims = tuple(d % x.dim() for d in at)
+    mixed = [labels.mix(f, dims, "a diagonal of the channels") for f in labels.of(x)]
+    labels.put(out, [np.squeeze(f, dims)[..., None] for f in mixed if f is not None])
 
 
 @register("aten.pixel_unshuffle", "aten.im2col")

@@ -94,7 +94,7 @@ def elementwise(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out
     result = out[0] if isinstance(out, (tuple, list)) else out
     fields = meet(labels, tensors, result.dim())
     if func._schema.is_mutable and isinstance(args[0], Tensor):
-        _written(labels, args[0], fields)
+        written(labels, args[0], fields)
     else:
         labels.put(result, fields)
 
@@ -120,7 +120,7 @@ def unfixed(
     return [f for f in mixed if f is not None]
 
 
-def _written(labels: Labels, target: Tensor, fields: Fields) -> None:
+def written(labels: Labels, target: Tensor, fields: Fields) -> None:
     """In-place: what the target's memory did not carry before cannot be tracked."""
     for f in labels.strided(target):
         labels.lock(f, "written through a strided slice")
@@ -151,4 +151,4 @@ def _as_strided(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out
 @register("aten.copy_")
 def _copy(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> None:
     target, source = args[0], args[1]
-    _written(labels, target, meet(labels, [target, source], target.dim()))
+    written(labels, target, meet(labels, [target, source], target.dim()))

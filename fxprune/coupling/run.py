@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune import parametrized, trees
 from fxprune.capture import Captured, state_kept
-from fxprune.coupling import contraction, mixing, movement  # noqa: F401 - they register rules
+from fxprune.coupling import contraction, forms, mixing, movement, routing  # noqa: F401 - rules
 from fxprune.coupling.branches import all_ways, same_form
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.recurrent import recurrent
@@ -156,6 +156,7 @@ COMPOSITES = ("multi_head_attention_forward",)
 
 EXPANDERS = (
     "expand", "expand_as", "broadcast_to", "matmul", "einsum", "scaled_dot_product_attention",
+    "take_along_dim",
 )  # fmt: skip
 
 
@@ -213,6 +214,8 @@ class _LabelInterpreter(fx.Interpreter):
                 result = super().run_node(n)
         if n.op != "call_module" and call_name(n) in CREATORS and isinstance(result, Tensor):
             self.labels.created(result)
+            if "zeros" in call_name(n):
+                self.labels.vanish(result)
         self.values[n.name] = self._traits(result)
         if n.op == "output":
             self.labels.where = ""

@@ -51,7 +51,10 @@ _MOVING = frozenset((
     "mkldnn_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-    "replication_pad2d", "replication_pad3d", "embedding", "fill", "zero",
+    "replication_pad2d", "replication_pad3d", "embedding", "fill", "zero", "gather", "col2im",
+    "_pad_circular", "rot90", "diagonal", "max_unpool2d", "max_unpool3d",
+    "grid_sampler_2d", "grid_sampler_3d", "_fft_r2c", "_fft_c2c",
+    "_fft_c2r", "cumsum", "cummax", "cummin", "sort", "topk", "roi_align", "roi_pool",
     "_embedding_bag", "_embedding_bag_forward_only",
 ))  # fmt: skip
 
@@ -68,6 +71,8 @@ def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any],
             labels.overwritten(args[0])
         return
     for t in results:
+        if not t.is_floating_point() and not t.is_complex():
+            continue  # positions of maxima are not zero where the values are
         if known:
             labels.vanish(t)
         elif (by := _zeroed_by(labels, func, name, args, t)) is not None:
@@ -239,6 +244,37 @@ def _contracted(labels: Labels, t: Tensor, dim: int, ndim: int) -> Dims:
     return {varying(f) - {dim % ndim} for f in labels.of(t)}
 
 
+def _placed(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """scatter, index_add and the like: what is there, and what is put in its place."""
+    given = [a for a in (args[0], *args[3:4], *_values(kwargs)) if a is not None]
+    return all(labels.vanishes(t) if isinstance(t, Tensor) else t == 0 for t in given)
+
+
+def _index_put(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return labels.vanishes(args[0]) and labels.vanishes(args[2])
+
+
+def _values(kwargs: dict[str, Any]) -> list[Any]:
+    return [kwargs[k] for k in ("src", "value", "source") if k in kwargs]
+
+
+def _vector(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    x = args[0]
+    return _wanted(labels, out) <= _contracted(labels, x, x.dim() - 1, x.dim())
+
+
+def _grouped(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    """[T, K] times one of [E, K, N]"""
+    found = _contracted(labels, args[0], 1, 2)
+    if labels.vanishes(args[1]):
+        found |= {frozenset([1])}
+    return _wanted(labels, out) <= found
+
+
+def _sampled(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
+    return labels.vanishes(args[1]) and labels.vanishes(args[4])
+
+
 def _matmul(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
     """mm, bmm [*, M, K] @ [*, K, N]; addmm, baddbmm with a bias before them."""
     bias = None if len(args) == 2 else args[0]
@@ -306,6 +342,17 @@ _CHECKS: dict[str, Check] = {
     "cat": _joined,
     "concat": _joined,
     "stack": _joined,
+    "scatter": _placed,
+    "scatter_add": _placed,
+    "index_add": _placed,
+    "index_copy": _placed,
+    "index_put": _index_put,
+    "_index_put_impl": _index_put,
+    "linalg_cross": _multiply,
+    "mv": _vector,
+    "dot": _vector,
+    "_grouped_mm": _grouped,
+    "deform_conv2d": _sampled,
     "mm": _matmul,
     "bmm": _matmul,
     "addmm": _matmul,
