@@ -110,6 +110,7 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Trace ``model``; it is left as it was. Raises ModelError when it does not run."""
     inputs = Inputs.of(example_inputs)
+    _check_names(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "a TorchScript module has no Python forward that could be traced; give the "
@@ -126,6 +127,19 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
         torch.set_rng_state(rng)
     gm.__class__.__name__ = type(model).__name__
     return Captured(gm, base, inputs, run.whole.reasons(), recorded=run.recorded)
+
+
+def _check_names(model: nn.Module) -> None:
+    """ModelError where the model has attributes under names that torch.fx keeps for itself."""
+    empty = fx.GraphModule(nn.Module(), fx.Graph())
+    taken = (set(dir(empty)) - set(dir(nn.Module()))) & {
+        *model._modules, *model._parameters, *model._buffers
+    }  # fmt: skip
+    if taken and not isinstance(model, fx.GraphModule):
+        raise ModelError(
+            f"{type(model).__name__}.{min(taken)} has a name that torch.fx.GraphModule keeps for "
+            "itself; give that attribute another name"
+        )
 
 
 @dataclass

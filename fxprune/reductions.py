@@ -1,7 +1,8 @@
-"""Means and extremes over channels under a cut, as rewriting rules; see ``rewrite``.
+"""Means and extremes over channels, and grouped products, under a cut; see ``rewrite``.
 
 They are free only where removed channels were zero (``coupling.vanish``): so the original's mean
-divides by all channels, and its maximum is never below the zeros that are gone.
+divides by all channels, and its maximum is never below the zeros that are gone. A grouped product
+takes only rows of whole blocks of memory: zeros fill them up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from math import prod
 
 import torch
 from torch import fx
+from torch.nn.functional import pad
 
 from fxprune.coupling.run import Traits, call_name
 from fxprune.rewrite import Rewriter, argument, keywords, number, register, source_of
@@ -54,3 +56,28 @@ def _extreme(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         return
     for user in old.users:  # the values of (values, indices)
         r.afterwards[user] = limited
+
+
+_BLOCK = 16  # bytes
+
+
+@register("grouped_mm", "_grouped_mm")
+def _grouped(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """[T, K] times one of [E, K, N]: K and N in whole blocks."""
+    r.keep_numbers(old, new)
+    x, w = (r.sizes.coupling.values[n.name] for n in old.all_input_nodes[:2])
+    step = max(1, _BLOCK // x.dtype.itemsize)
+    more = [-size % step for size in r.sizes.shape(w)[1:]]
+    if not any(more) or len(x.shape) != 2 or len(w.shape) != 3:
+        return
+    nodes = [r.env[n] for n in old.all_input_nodes[:2]]
+    padded = [
+        r.graph.call_function(pad, (node, by))
+        for node, by in zip(nodes, ((0, more[0]), (0, more[1], 0, more[0])), strict=True)
+    ]
+    instead = dict(zip(nodes, padded, strict=True))
+    new.args = fx.node.map_arg(new.args, lambda n: instead.get(n, n))
+    new.kwargs = fx.node.map_arg(new.kwargs, lambda n: instead.get(n, n))
+    if more[1]:
+        index = (slice(None), slice(0, r.sizes.shape(w)[2]))
+        r.env[old] = r.then(new, operator.getitem, index)

@@ -45,8 +45,20 @@ _CREATORS = (
     "randn",
 )
 _METHODS = (
-    "expand", "view", "reshape", "repeat", "to", "new_zeros", "new_ones", "new_full", "new_empty",
-    "unflatten", "tile", "narrow", "split", "chunk",
+    "expand",
+    "view",
+    "reshape",
+    "repeat",
+    "to",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "unflatten",
+    "tile",
+    "narrow",
+    "split",
+    "chunk",
 )  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
 _OF_VALUES = ("tensor", "as_tensor", "finfo", "iinfo")  # recorded where a traced value goes in
 

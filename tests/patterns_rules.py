@@ -149,21 +149,6 @@ class IndexWritten(_Picked):
         return result + y
 
 
-class GroupedExperts(nn.Module):
-    """Tokens sorted by expert, one grouped product for each layer of all experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 5)
-        self.up, self.down = (nn.Parameter(torch.randn(3, *s) / 4) for s in ((24, 12), (12, 24)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x.flatten(0, 1))
-        ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-        z = F.grouped_mm(y, self.up.transpose(1, 2), offs=ends).relu()
-        return self.last(y + F.grouped_mm(z, self.down.transpose(1, 2), offs=ends))
-
-
 @case("a.weight:0 b.weight:1 w:0", inputs=((2, 3, 8, 8),))
 class Spectrum(nn.Module):
     """A filter in the frequencies of an image (global filter networks)."""
@@ -189,18 +174,18 @@ class BilinearForm(nn.Module):
         return self.c(self.f(self.a(x), self.b(x).relu()).sigmoid())
 
 
-@case("a.weight:0 code:1 b.weight:1", locked="code:0", inputs=TOKENS)
+@case("a.weight:0 book:1 b.weight:1", locked="book:0", inputs=TOKENS)
 class Quantised(nn.Module):
     """The nearest entries of a codebook, by distances over the channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
-        self.code = nn.Parameter(torch.randn(10, 6))
+        self.book = nn.Parameter(torch.randn(10, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        nearest = F.embedding(torch.cdist(y, self.code).argmin(-1), self.code)
+        nearest = F.embedding(torch.cdist(y, self.book).argmin(-1), self.book)
         return self.b(y + (nearest - y).detach())
 
 

@@ -227,7 +227,7 @@ class UnusedParameters(Base):
         self.aux, self.alone = nn.Linear(12, 7), nn.Parameter(torch.randn(5))
 
 
-@case(free=False)
+@case()
 class Fourier(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)

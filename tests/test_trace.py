@@ -216,3 +216,16 @@ def test_dropout_is_off_in_the_graph_and_back_in_training() -> None:
     pruned = cut(traced, traced.full_plan()).train()
     with torch.no_grad():
         assert not torch.equal(pruned(images()), pruned(images()))
+
+
+def test_names_that_torch_fx_keeps_for_itself() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.graph(x)
+
+    with pytest.raises(ModelError, match=r"Named\.graph .* another name"):
+        trace(Named(), torch.randn(2, 3))

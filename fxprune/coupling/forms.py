@@ -116,11 +116,9 @@ def _deformed(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: 
         labels.lock_all([x, w, bias], "grouped deformable convolution")
         return
     fx = [labels.mix(f, (0, 2, 3), "sampled along the channels") for f in labels.of(x)]
-    fields: list[Fields] = [
-        [f.reshape(1, -1) for f in fx if f is not None],
-        [f.reshape(f.shape[:2]) for f in labels.of(w) if varying(f) <= {0, 1}],
-    ]
+    inputs = [f.reshape(1, -1) for f in fx if f is not None]
+    weights = [f.reshape(f.shape[:2]) for f in labels.of(w) if varying(f) <= {0, 1}]
     shapes = [[1, x.shape[1]], list(w.shape[:2])]
-    fields = [contract(labels, *fields, shapes, 1, (x, w))]
-    labels.put(out, [f.reshape(1, -1, 1, 1) for f in fields[0]])
+    outputs = contract(labels, inputs, weights, shapes, 1, (x, w))
+    labels.put(out, [f.reshape(1, -1, 1, 1) for f in outputs])
     meet_along(labels, out, [bias], 1, out)

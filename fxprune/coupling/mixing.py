@@ -18,13 +18,13 @@ def _spatial(count: int) -> Rule:
         x = args[0]
         dims = range(x.dim() - count, x.dim())
         name = str(func.overloadpacket)
-        fields = [labels.mix(f, dims, f"{name} along the channels") for f in labels.of(x)]
+        mixed = [labels.mix(f, dims, f"{name} along the channels") for f in labels.of(x)]
+        fields = [f for f in mixed if f is not None]
         for other in (a for a in args[1:] if isinstance(a, Tensor)):
             if other.shape == x.shape:  # the positions of maxima
-                fields += labels.of(other)
+                fields = labels.combine([*fields, *labels.of(other)])
             else:
                 labels.lock_all([other], "where an image is sampled")
-        fields = labels.combine([f for f in fields if f is not None])
         for t in out if isinstance(out, (tuple, list)) else [out]:
             labels.put(t, fields)
 

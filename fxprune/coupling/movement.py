@@ -398,7 +398,8 @@ def _fan_in(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
 
 @register("aten.rot90")
 def _rot90(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    k, dims = (*args[1:], *(1, [0, 1])[len(args) - 1 :])
+    k = args[1] if len(args) > 1 else 1
+    dims = args[2] if len(args) > 2 else (0, 1)
     i, j = sorted(d % out.dim() for d in dims)
     mixed = [labels.mix(f, [i, j], "rotated along the channels") for f in labels.of(args[0])]
     labels.put(out, [np.swapaxes(f, i, j) if k % 2 else f for f in mixed if f is not None])

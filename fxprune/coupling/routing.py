@@ -105,5 +105,5 @@ def _index_put(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
 
 
 def _with_middle(f: IntArray, at: int, after: int, width: int) -> IntArray:
-    """A field with ``width`` dims of size 1 between its first ``at`` and its last ``after`` dims."""
+    """``width`` dims of size 1 between the first ``at`` and the last ``after`` dims of a field."""
     return f.reshape(*f.shape[:at], *[1] * width, *f.shape[f.ndim - after :])
