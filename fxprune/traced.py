@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from fxprune.capture import Captured, capture
 from fxprune.cost import CostModel
-from fxprune.coupling.computed import settled
-from fxprune.coupling.groups import Coupling, couple
+from fxprune.coupling.computed import coupled
+from fxprune.coupling.groups import Coupling
 from fxprune.errors import PlanError, SpecError, unknown
 from fxprune.lifetimes import storages
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
@@ -172,6 +172,5 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     mapping of keyword inputs.
     Raises ModelError when the model does not run on them or its forward cannot be traced.
     """
-    captured = settled(capture(model, example_inputs))
-    coupling = couple(captured)
+    captured, coupling = coupled(capture(model, example_inputs))
     return Traced(replace(captured, recorded=None), coupling)

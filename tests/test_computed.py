@@ -153,3 +153,27 @@ def test_other_formulas_stay() -> None:
     for seed in range(3):
         plan = random_plan(traced, seed)
         assert_right(traced, plan, cut(traced, plan), [(x,)])
+
+
+class Prototypes(nn.Module):
+    """Cosines with learned directions: labels follow both norms, so that the class can stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(6, 5)
+        self.directions = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.normalize(self.first(x), dim=-1)
+        return self.last(F.linear(y, F.normalize(self.directions, dim=-1)))
+
+
+def test_a_formula_stays_where_nothing_is_gained() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3).double()
+    traced = trace(randomise(Prototypes().double()), x)
+    assert traced.captured.settled == ()
+    plan = random_plan(traced, 0)
+    pruned = cut(traced, plan)
+    assert_right(traced, plan, pruned, [(x,)])
+    assert as_user_class(traced, plan, pruned) is not None

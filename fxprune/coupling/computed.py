@@ -6,8 +6,8 @@ wrote as a formula. Here the parameter takes the value of the formula, under its
 formula goes from the graph. What is left is a plain weight, which is cut, ranked and repaired like
 any other; other parameters of the formula (a gain) stay in the state dict and have no effect.
 
-A formula stays where it is no obstacle (1 + w, a norm that labels follow), and where the
-parameter behind it is used in other ways too.
+A formula stays where it mixes no channels (1 + w), where the parameter behind it is used in other
+ways too, and where nothing would be gained (a norm that labels follow): :func:`coupled` tries both.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from fxprune.capture import Captured, is_impure
-from fxprune.coupling.run import call_name, label_run
-from fxprune.inputs import Inputs
+from fxprune.coupling.groups import Coupling, couple
+from fxprune.coupling.run import call_name
 from fxprune.products import evaluating
 
 _WEIGHTED = (
@@ -37,15 +34,31 @@ _WEIGHTED = (
 _FORMS = ("getattr", "size", "dim", "numel", "len")  # of a tensor, and not its values
 
 
-def settled(captured: Captured) -> Captured:
-    """``captured`` with every such weight as a plain parameter; itself where there is none."""
+def settled(captured: Captured) -> Captured | None:
+    """``captured`` with every such weight as a plain parameter; None where there is none."""
     formulas = _Formulas(captured.graph_module)
     found = {name: roots for name, roots in formulas.found().items() if formulas.stay(name, roots)}
     if not found:
-        return captured
+        return None
     values = {name: formulas.values[roots[0]] for name, roots in found.items()}
     gm = _plain(formulas.gm, values, found)
     return replace(captured, graph_module=gm, settled=tuple(values), recorded=None)
+
+
+def coupled(captured: Captured) -> tuple[Captured, Coupling]:
+    """The groups of a captured model; with plain weights where more can go that way."""
+    coupling, plain = couple(captured), settled(captured)
+    if plain is not None:
+        other = couple(plain)
+        if _freedom(other) > _freedom(coupling):
+            return plain, other
+    return captured, coupling
+
+
+def _freedom(coupling: Coupling) -> int:
+    """How many dims of parameters may lose positions."""
+    free = [g for g in coupling.groups if g.locked is None]
+    return len({(m.param, m.dim) for g in free for m in g.members})
 
 
 class _Formulas:
@@ -102,7 +115,7 @@ class _Formulas:
         return None
 
     def stay(self, name: str, roots: list[fx.Node]) -> bool:
-        """Whether the parameter can take their place, and labels would lock it where it is."""
+        """Whether the parameter can take their place, and they mix channels."""
         if id(self.parameters[name]) in self.called or not self._only_for(name, roots):
             return False
         alone = [_alone(self.gm, [root]) for root in roots]
@@ -110,7 +123,7 @@ class _Formulas:
         first = self.values[roots[0]]
         if not all(_equal(first, value) for value in again):
             return False  # by chance, or from other parameters as well
-        return _locks(alone[0], name)
+        return _mixes(alone[0], name, first)
 
     def _only_for(self, name: str, roots: Iterable[fx.Node]) -> bool:
         """Whether the values of a parameter are used in these formulas alone."""
@@ -169,19 +182,32 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "meta" or torch.equal(a, b)
 
 
-def _locks(alone: fx.GraphModule, name: str) -> bool:
-    """Whether the formula locks outputs or inputs of the weight (dims 0 and 1)."""
-    run = label_run(Captured(alone, alone, Inputs(()), {}))
-    bad = [f for f, reason in run.facts.locks if reason != "model output"]
-    if not bad:
+def _mixes(alone: fx.GraphModule, name: str, like: Tensor) -> bool:
+    """Whether outputs or inputs of the weight (dims 0 and 1) depend on each other.
+
+    alone: the formula, on any device; its parameter is replaced by numbers from 0.5 to 1.5
+    """
+    generator = torch.Generator().manual_seed(0)
+    path, _, atom = name.rpartition(".")
+    holder, kept = alone.get_submodule(path), alone.get_parameter(name)
+
+    def value(numbers: Tensor) -> Tensor:
+        holder._parameters[atom] = nn.Parameter(numbers.to(like), requires_grad=False)
+        found: Tensor = _run(alone)[0]
+        return found
+
+    try:
+        for dim in range(min(2, kept.dim())):
+            one, other = (torch.rand(kept.shape, generator=generator) + 0.5 for _ in range(2))
+            half = torch.arange(0, kept.shape[dim], 2)
+            first = value(one).index_select(dim, half.to(like.device))
+            other.index_copy_(dim, half, one.index_select(dim, half))
+            second = value(other).index_select(dim, half.to(like.device))
+            if like.device.type == "meta" or not torch.allclose(first, second, equal_nan=True):
+                return True
         return False
-    pairs = [*run.facts.unions, *run.facts.parents]
-    p, c = (np.concatenate([pair[i] for pair in pairs] or [bad[0]]) for i in (0, 1))
-    count = run.facts.count
-    links = sparse.coo_matrix((np.ones(len(p), dtype=np.int8), (p, c)), shape=(count, count))
-    _, part = connected_components(links, directed=False)
-    wanted = [f for f in run.parameters[name].fields if f.shape[:2] != (1, 1)]
-    return any(np.isin(part[f], part[np.concatenate(bad)]).any() for f in wanted)
+    finally:
+        holder._parameters[atom] = kept
 
 
 def _plain(
