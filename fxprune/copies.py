@@ -18,7 +18,7 @@ from fxprune.products import storage_key
 
 _UNCHANGING: frozenset[Any] = frozenset((
     type(None), bool, int, float, complex, str, bytes, type, types.FunctionType,
-    types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size,
+    types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.Size,
 ))  # fmt: skip
 _EMPTY: frozenset[Any] = frozenset((dict, list, set, OrderedDict))
 _HOLDERS = ("_parameters", "_buffers", "_modules")

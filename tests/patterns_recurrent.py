@@ -1,4 +1,4 @@
-"""Recurrent layers and lookups: pruned through, with what feeds and follows them."""
+"""Recurrent layers, lookups and sampling: pruned through, with what feeds and follows them."""
 
 from __future__ import annotations
 
@@ -186,3 +186,39 @@ class DynamicConvolution(nn.Module):
         kernel = torch.einsum("be,eoihw->boihw", share, self.w).reshape(b * 8, c, 3, 3)
         y = F.conv2d(x.reshape(1, b * c, h, w), kernel, padding=1, groups=b)
         return self.o(y.view(b, 8, h, w).relu())
+
+
+@case("i.weight:0 v.weight:1 p.weight:0", inputs=(IMAGE,))
+class DeformableAttention(nn.Module):
+    """Heads sample the image at places of their own: heads of values and of places go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.q = nn.Conv2d(3, 12, 3, padding=1), nn.Embedding(5, 12)
+        self.places, self.share = nn.Linear(12, 4 * 3 * 2), nn.Linear(12, 4 * 3)
+        self.v, self.p, self.o = nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.i(x)
+        b, _, h, w = f.shape
+        q = self.q.weight.repeat(b, 1, 1)
+        v = self.v(f.flatten(2).transpose(1, 2)).view(b, h * w, 4, 2)
+        v = v.flatten(2).transpose(1, 2).reshape(b * 4, 2, h, w)
+        places = self.places(q).view(b, 5, 4, 3, 2).tanh().transpose(1, 2).flatten(0, 1)
+        share = self.share(q).view(b, 5, 4, 3).softmax(-1).transpose(1, 2).reshape(b * 4, 1, 5, 3)
+        y = (F.grid_sample(v, places, align_corners=False) * share).sum(-1).view(b, 8, 5)
+        return self.o(self.p(y.transpose(1, 2)) + q)
+
+
+@case("a.weight:0 e.weight:0 o.weight:1", "flow.weight:0", inputs=(IMAGE, IMAGE))
+class Warp(nn.Module):
+    """Features of one image at places that are computed from both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.flow = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.e, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        places = self.flow(self.a(torch.cat([x, y], 1)).relu()).permute(0, 2, 3, 1).tanh()
+        return self.o(F.grid_sample(self.e(y), places, align_corners=True))

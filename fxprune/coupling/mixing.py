@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxprune.coupling.labels import Fields, Labels, varying
-from fxprune.coupling.rules import Rule, dims_of, elementwise, meet, register
+from fxprune.coupling.rules import Rule, dims_of, elementwise, meet, register, unfixed
 
 
 def _spatial(count: int) -> Rule:
@@ -42,10 +43,27 @@ for _n in (1, 2, 3):
 register("aten.upsample_linear1d")(_spatial(1))
 register(
     "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d", "aten.mkldnn_max_pool2d",
-    "aten.max_unpool2d",
+    "aten._upsample_bicubic2d_aa", "aten.mkldnn_max_pool2d", "aten.max_unpool2d",
 )(_spatial(2))  # fmt: skip
-register("aten.upsample_trilinear3d", "aten.grid_sampler_3d", "aten.max_unpool3d")(_spatial(3))
+register("aten.upsample_trilinear3d", "aten.max_unpool3d")(_spatial(3))
+
+
+@register("aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def _sampled(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+    """x [N, C, *S] at the places grid [N, *P, k]: [N, C, *P]."""
+    x, grid = args[0], args[1]
+    last = grid.dim() - 1
+    mine = [labels.mix(f, range(2, x.dim()), "sampled along the channels") for f in labels.of(x)]
+    places = [labels.mix(f, [last], "coordinates of places") for f in labels.of(grid)]
+    fields = [
+        [f for f in mine if f is not None],
+        [np.expand_dims(np.squeeze(f, last), 1) for f in places if f is not None],
+    ]
+    batch = [[f for f in own if 0 in varying(f)] for own in fields]
+    rest = [f for own in fields for f in own if 0 not in varying(f)]
+    shapes = [[t.shape[0]] + [1] * (out.dim() - 1) for t in (x, grid)]
+    met = unfixed(labels, shapes, batch, "sampled at places whose number is fixed")
+    labels.put(out, labels.combine([*met, *rest]))
 
 
 @register("torchvision.roi_align", "torchvision.roi_pool")
