@@ -6,15 +6,17 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.assembly import LazyGraphModule, assembled, attributes, targets
 from fxprune.attention import TraceableAttention
-from fxprune.copies import copied
+from fxprune.copies import copied, eventful
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, longer
+from fxprune.isolate import uncompiled
 from fxprune.products import evaluating
 from fxprune.record import Recorded
 from fxprune.rephrase import rephrase
@@ -23,7 +25,7 @@ from fxprune.trees import reachable, tensors
 from fxprune.values import IN_PLACE
 from fxprune.whole import Whole, WholeModel
 
-_HOLDERS = ("_parameters", "_buffers", "_modules")
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(t): t for t in model.parameters()}
     for m in model.modules():  # results that a module keeps cannot be copied otherwise
-        for v in reachable([v for k, v in vars(m).items() if k not in _HOLDERS]):
+        for v in reachable(eventful(m)):
             if isinstance(v, Tensor) and not v.is_leaf:
                 memo[id(v)] = v.detach().clone()
     base = copied(model, memo)
@@ -70,7 +72,15 @@ def shared_copy(model: nn.Module) -> nn.Module:
             parent, _, name = path.rpartition(".")
             assert isinstance(module, nn.MultiheadAttention)
             setattr(base.get_submodule(parent), name, TraceableAttention(module))
-    return base.eval()
+    return _evaluated(base)
+
+
+def _evaluated(module: M) -> M:
+    """In eval mode; only what is not is written to."""
+    for m in module.modules():
+        if m.training:
+            m.training = False
+    return module
 
 
 @contextmanager
@@ -82,7 +92,8 @@ def state_kept(module: nn.Module) -> Iterator[None]:
     internal = nn.Module().__dict__
     ours = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     held = [(m, dict(m.__dict__), dict(m._buffers)) for m in ours]
-    values = {id(t): t.clone() for _, _, own in held for t in own.values() if t is not None}
+    tensors = [t for _, _, own in held for t in own.values() if t is not None]
+    values = {id(t): t.clone() for t in tensors}
     containers = [
         (v, copy.copy(v))
         for _, own, _ in held
@@ -119,7 +130,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     base = shared_copy(model)
     rng = torch.get_rng_state()
     try:
-        with evaluating(base), torch.compiler.set_stance("force_eager"):
+        with evaluating(base), uncompiled():
             gm, run = _captured(base, inputs, any_batch=False)
             if run.counts and _bound_to_batch(gm, base, inputs):
                 gm, run = _captured(base, inputs, any_batch=True)
@@ -162,8 +173,10 @@ def _captured(base: nn.Module, inputs: Inputs, any_batch: bool) -> tuple[fx.Grap
     if run.recorded is not None:
         run.recorded.values = values
     graph.eliminate_dead_code(is_impure)
-    gm = fx.GraphModule(base, graph, type(base).__name__)
-    return gm.eval(), run
+    names = targets(graph)
+    found = attributes(base, names)
+    name, value = type(base).__name__, found.__getitem__
+    return assembled(LazyGraphModule, graph, name, names, value, base), run
 
 
 def _trace(base: nn.Module, inputs: Inputs, run: _Run, any_batch: bool) -> fx.Graph:

@@ -33,15 +33,32 @@ def copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
         memo[id(m)] = type(m).__new__(type(m))
     for m in plain:
         own = memo[id(m)].__dict__
+        own.update(m.__dict__)
+        own.pop(_COMPILED, None)
         for name, value in m.__dict__.items():
-            if name == _COMPILED:
-                continue
-            if name in _HOLDERS and type(value) is dict:
+            if type(value) in _EMPTY and not value:
+                own[name] = type(value)()
+            elif name in _HOLDERS and type(value) is dict:
                 own[name] = {k: _value(v, memo) for k, v in value.items()}
-            else:
+            elif type(value) not in _UNCHANGING and name != _COMPILED:
                 own[name] = _value(value, memo)
     result: nn.Module = copy.deepcopy(model, memo)
     return result
+
+
+def eventful(module: nn.Module) -> list[Any]:
+    """The attributes of a module that are more than numbers, names and empty containers.
+
+    Its parameters, buffers and submodules are left out.
+    """
+    return [
+        v
+        for k, v in module.__dict__.items()
+        if type(v) not in _UNCHANGING
+        and k not in _HOLDERS
+        and not (type(v) in _EMPTY and not v)
+        and not (type(v) is tuple and all(type(i) in _UNCHANGING for i in v))
+    ]
 
 
 def _value(value: Any, memo: dict[Any, Any]) -> Any:

@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
+from fxprune.assembly import assembled, targets
 from fxprune.copies import copied
 from fxprune.inputs import longer
+from fxprune.isolate import uncompiled
 from fxprune.leaves import fit, is_leaf
 from fxprune.parametrized import settle, source
 from fxprune.rewrite import Rewriter
@@ -46,15 +48,16 @@ def cut(
     """
     keep = traced.keep(plan)
     sizes = Sizes(traced, keep)
-    source = traced.graph_module
+    source = traced.captured.graph_module
     tensors = _sliced(source, sizes)
     modules = _modules(source, tensors, sizes)
     rewriter = Rewriter(source.graph, sizes)
     graph = rewriter.run()
-    result = kind(_attributes(source, tensors, modules), graph, source.__class__.__name__)
+    held = _attributes(source, tensors, modules)
+    names = sorted(targets(graph), key=lambda path: path.count("."))
+    result = assembled(kind, graph, source.__class__.__name__, names, held.__getitem__)
     result.meta[_OWN] = rewriter.computes_more
     _add_unused(result, source, traced.captured.base)
-    result.eval()
     return result
 
 
@@ -197,7 +200,7 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
     call = functools.partial(traced.captured.given.call, model)
-    with torch.compiler.set_stance("force_eager"):  # what the user compiled need not be, here
+    with uncompiled():  # what the user compiled need not be, here
         same = all(_same(call, pruned, x) for x in _batches(pruned, traced.example_inputs))
     return model if same else None
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune import allocate, criteria
@@ -26,7 +25,7 @@ from fxprune.distill import Distillation
 from fxprune.errors import ModelError, SpecError
 from fxprune.fitness import FinalFitness, KLFitness, Repair
 from fxprune.inputs import divisible, part_of, samples_of
-from fxprune.isolate import rng_kept
+from fxprune.isolate import rng_kept, uncompiled
 from fxprune.latency import Keeper, Target
 from fxprune.mending import Mending
 from fxprune.observe import Statistics, observe
@@ -138,7 +137,7 @@ def prune(
     )  # fmt: skip
     options = _limited(options, max_seconds, journal, workers)
     clock = Clock()
-    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
+    with rng_kept(), uncompiled():  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
         calibration = _calibration(data, traced, calibration_samples, seed)
@@ -286,7 +285,7 @@ def _in_rounds(
         )),
     )  # fmt: skip
     clock = Clock()
-    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
+    with rng_kept(), uncompiled():  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(given["exclude"])
         calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
         seen, held_out = _split(calibration.batches)
@@ -413,7 +412,7 @@ def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:
 
     Raises PlanError when the plan does not belong to this model.
     """
-    with rng_kept(), torch.compiler.set_stance("force_eager"):  # many widths, each for a moment
+    with rng_kept(), uncompiled():  # many widths, each for a moment
         traced = trace(model, example_inputs)
         gm = cut(traced, plan)
         small = as_user_class(traced, plan, gm)

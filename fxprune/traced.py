@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 from torch import fx, nn
 
+from fxprune.assembly import compiled
 from fxprune.capture import Captured, capture
 from fxprune.cost import CostModel
 from fxprune.coupling.computed import coupled
@@ -31,7 +32,7 @@ class Traced:
     @property
     def graph_module(self) -> fx.GraphModule:
         """The unpruned graph, eval mode; its tensors are the model's own: do not write to them."""
-        return self.captured.graph_module
+        return compiled(self.captured.graph_module)
 
     @property
     def example_inputs(self) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from fxprune.inputs import Inputs, divisible, samples_of
 from fxprune.leaves import is_leaf
 from fxprune.record import Recorder
 from fxprune.trees import holds, leaves
-from fxprune.values import Value, follows_data, is_traced, seen_as_values
+from fxprune.values import Attribute, Value, follows_data, is_traced, seen_as_values
 from fxprune.whole import CONSTANT, DataDependence, KeptWhole, Whole, autocast_recorded
 
 _CREATORS = (
@@ -60,6 +60,7 @@ _METHODS = (
     "split",
     "chunk",
 )  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _OF_VALUES = ("tensor", "as_tensor", "finfo", "iinfo")  # recorded where a traced value goes in
 
 
@@ -81,6 +82,8 @@ class ConcreteTracer(fx.Tracer):
         self.failed: tuple[str, Exception] | None = None
         self.dropped: dict[str, str] = {}
         self.names: dict[int, str] = {}
+        self.paths: dict[nn.Module, str] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.objects: dict[int, str] = {}
         self.samples = samples_of(inputs.values) if divisible(inputs.values) else None
         self.any_batch, self.counts = any_batch, False
@@ -88,6 +91,8 @@ class ConcreteTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         tensors = list(root.named_parameters()) + list(root.named_buffers())
         self.names = {id(t): name for name, t in reversed(tensors)}
+        modules = list(root.named_modules())
+        self.paths, self.modules = {m: path for path, m in modules}, dict(modules)
         with self._patched(), seen_as_values():
             return super().trace(root, concrete_args)
 
@@ -100,22 +105,35 @@ class ConcreteTracer(fx.Tracer):
             self.whole.modules.setdefault(module_qualified_name, "a scripted module")
         if module_qualified_name in self.whole.modules:
             return True
-        changed = hasattr(m, "parametrizations") or m._forward_hooks or m._forward_pre_hooks
-        return is_leaf(m) and not changed
+        changed = "parametrizations" in m._modules or m._forward_hooks or m._forward_pre_hooks
+        return not changed and is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.running:
             return forward(*args, **kwargs)
-        try:
-            path = self.path_of_module(m)
-        except NameError:  # made in forward, or hidden in a plain list
+        path = self.paths.get(m)
+        if path is None:  # made in forward, or hidden in a plain list
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            if self.is_leaf_module(m, path):
+                return self.create_proxy("call_module", path, args, kwargs)
+            return forward(*args, **kwargs)
         except Exception as error:
             if self.failed is None:
                 self.failed = (path, error)
             raise
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """A node; where in the model it was made (fx's scopes and stacks) is not asked here."""
+        return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = None if self.running else self.names.get(id(attr_val))
@@ -184,7 +202,7 @@ class ConcreteTracer(fx.Tracer):
             if node.op == "get_attr":
                 return _attribute(self.root, call)
             if node.op == "call_module":
-                call = self.root.get_submodule(call)
+                call = self.modules[call]
             elif node.op == "call_method":
                 call, args = getattr(args[0], call), args[1:]
             if isinstance(call, KeptWhole) or node.target in self.whole.modules:
@@ -203,8 +221,13 @@ class ConcreteTracer(fx.Tracer):
         return result
 
     def create_arg(self, a: Any) -> Any:
-        if is_traced(a):
+        kind = type(a)
+        if kind is Value or kind is Attribute:
             return a.node
+        if kind in _PLAIN:
+            return a
+        if kind is tuple or kind is list:
+            return kind([self.create_arg(v) for v in a])
         if isinstance(a, dict) and is_dataclass(a):
             made = self.create_proxy(
                 "call_function", type(a), (), {str(k): v for k, v in a.items()}

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fxprune"
 ORDER = [
     # the ground
     *("errors", "isolate", "progress", "tables", "types", "inputs", "trees", "products"),
-    *("copies", "attention", "leaves", "record"),
+    *("copies", "attention", "leaves", "record", "assembly"),
     # the engine
     *("values", "whole", "tracing", "rephrase", "parametrized", "capture"),
     *(
