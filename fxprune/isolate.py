@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +61,40 @@ def exact_arithmetic() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, conv.allow_tf32 = before
+
+
+_stdout = threading.Lock()
+
+
+@contextmanager
+def native_prints_dropped() -> Iterator[None]:
+    """What compiled code prints to the standard output inside the block goes nowhere.
+
+    For libraries whose own switches do not silence them. In a process without a standard output
+    there is nothing to do.
+    """
+    with _stdout:
+        try:
+            kept = os.dup(1)
+        except OSError:
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            _flush()
+            os.dup2(nowhere, 1)
+            yield
+        finally:
+            _flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
+
+
+def _flush() -> None:
+    """Write out what C libraries hold back."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
 
 
 @contextmanager

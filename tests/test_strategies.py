@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,12 @@ from allocate_fakes import Fake, chain, group, problem, share_of
 from test_local import CHEAP, Counting, rough
 
 from fxprune import allocate
-from fxprune.allocate.knapsack import knapsack
+from fxprune.allocate.knapsack import knapsack, solved
 from fxprune.allocate.sensitivity import Sensitivity
 from fxprune.allocate.space import space_of
 from fxprune.allocate.spend import spend
 from fxprune.allocate.uniform import uniform_keys
+from fxprune.isolate import native_prints_dropped
 from fxprune.types import Budget, PrunePlan
 
 STRATEGIES = ("local", "evolution", "random", "greedy")
@@ -133,3 +137,49 @@ def test_finals_that_fail_leave_the_search_as_it_is() -> None:
     options: dict[str, Any] = {**vars(made), "finals": lambda _: float("nan")}
     plan = allocate.get("local")(allocate.AllocationProblem(**options))
     assert plan.kept == allocate.get("local")(made).kept and "finalists" not in plan.meta
+
+
+def test_greedy_goes_down_in_small_rounds() -> None:
+    fake = chain(np.random.default_rng(3), [64, 96, 48, 80, 120, 72])
+    made = problem(fake, 0.3, 3, fitness=rough(fake, 3), max_evaluations=60)
+    stages = [t["stage"] for t in allocate.get("greedy")(made).meta["trace"]]
+    goals = [float(s.removeprefix("load ")) for s in stages if s.startswith("load ")]
+    assert len(set(goals)) >= 10 and goals == sorted(goals, reverse=True) and goals[-1] <= 1.05
+
+
+def test_what_compiled_code_prints_is_dropped_and_nothing_else(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    c = ctypes.CDLL(None)
+    c.puts(b"before")
+    with native_prints_dropped():
+        c.puts(b"a solver's advice")
+        os.write(1, b"more of it")
+    c.puts(b"after")
+    c.fflush(None)
+    sys.stdout.write("and Python\n")
+    assert capfd.readouterr().out == "before\nafter\nand Python\n"
+
+
+def test_the_solver_is_silent_where_it_meets_tiny_infeasibilities(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """HiGHS tells of them in spite of all its options; this problem is one that has them."""
+    group, step, loss, change, room = tiny_infeasibility()
+    assert solved(loss, group, step, change, room) is not None
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""
+
+
+def tiny_infeasibility() -> tuple[Any, Any, Any, Any, Any]:
+    rng = np.random.default_rng(137)
+    groups, steps, bounds = rng.integers(2, 60), rng.integers(2, 24), rng.integers(1, 4)
+    group, step = np.repeat(np.arange(groups), steps), np.tile(np.arange(steps), groups)
+    width = rng.lognormal(0, 1.5, groups)[:, None]
+    cost = ((np.arange(steps)[None] - steps // 2) / steps * width).ravel()
+    change = np.stack([cost * rng.lognormal(0, 0.3) for _ in range(bounds)], 1)
+    change += rng.normal(0, 0.05, change.shape)
+    shape = -np.log((np.arange(steps) + 1) / steps)[None]
+    loss = (rng.lognormal(0, 2, groups)[:, None] * shape).ravel()
+    room = np.full(bounds, rng.uniform(-0.3, 0.3) * np.abs(change).sum() / groups)
+    return group, step, loss, change, room

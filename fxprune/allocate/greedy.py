@@ -2,7 +2,8 @@
 
 The scheme of NetAdapt (T.-J. Yang et al., 2018), without its short fine-tuning between the rounds:
 in every round each group proposes the smallest cut of its own that saves the round's share of the
-cost; all proposals are evaluated, the best is taken.
+cost; the proposals of least expected loss are evaluated, the best is taken. There are as many
+rounds as the evaluations allow, so that a round asks for little.
 
 Legend for shapes: F free groups, P states.
 """
@@ -16,7 +17,7 @@ from fxprune.allocate.search import Search, searched
 from fxprune.allocate.spend import fill
 from fxprune.types import FloatArray, IntArray, PrunePlan
 
-MIN_ROUNDS = 4  # where there are too many groups for the evaluations, some do not propose
+PROPOSALS = 4  # evaluated in a round; more would leave fewer and larger rounds
 
 
 def greedy(problem: AllocationProblem) -> PrunePlan:
@@ -28,21 +29,19 @@ def _run(search: Search) -> None:
     search.begin()
     space = search.space
     state = space.top.copy()
-    rounds = max(MIN_ROUNDS, search.memory.left // max(1, len(state)))
-    most = max(1, search.memory.left // rounds)
-    goals = np.geomspace(max(1.0, float(space.load(state[None])[0])), 1.0, rounds + 1)[1:]
-    for goal in goals:
-        while space.load(state[None])[0] > goal:
-            proposals = _proposals(search, state, goal)
-            if not len(proposals) or not search.memory.left:
-                return
-            loss = search.model.predict(proposals)
-            promising = proposals[np.argsort(loss, kind="stable")[:most]]
-            results = search.memory.evaluate(list(promising), f"load {goal:.2f}")
-            if not results:
-                return
-            search.model.learn(results)
-            state = min(results, key=lambda r: r[1])[0]
+    for _, whole in search.memory.evaluate([state], "whole"):
+        search.model.measure(whole, [])
+    while (load := float(space.load(state[None])[0])) > 1:
+        rounds = max(1, (search.memory.left - 1) // PROPOSALS)
+        goal = load ** (1 - 1 / rounds)
+        proposals = _proposals(search, state, goal)
+        loss = search.model.predict(proposals)
+        promising = proposals[np.argsort(loss, kind="stable")[:PROPOSALS]]
+        results = search.memory.evaluate(list(promising), f"load {goal:.2f}")
+        if not results:
+            return
+        search.model.learn(results)
+        state = min(results, key=lambda r: r[1])[0]
     search.visit([fill(space, state, search.model.keys(state))], "greedy")
 
 

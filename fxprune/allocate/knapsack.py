@@ -7,6 +7,8 @@ is solved exactly (scipy's HiGHS); where its solution is above the real budget, 
 tightened by what the linearisation missed; and it is solved again around the solution, within half
 the distance whenever that brought nothing.
 
+:func:`choices` and :func:`solved` are the programme, for :mod:`fxprune.allocate.thrift` too.
+
 Legend for shapes: F free groups, S steps of the group that has the most, V variables, D bounds.
 """
 
@@ -18,6 +20,7 @@ from scipy.sparse import csr_array
 
 from fxprune.allocate.space import Space
 from fxprune.allocate.spend import fill
+from fxprune.isolate import native_prints_dropped
 from fxprune.types import FloatArray, IntArray
 
 CHOICES = 24  # considered for each group at a time
@@ -53,14 +56,14 @@ def knapsack(space: Space, loss: FloatArray, keys: FloatArray, start: IntArray) 
 
 def _around(space: Space, loss: FloatArray, state: IntArray, reach: int) -> IntArray | None:
     """The optimum with costs linearised at ``state``, brought within the budget; None: none."""
-    group, step = _choices(space, state, reach)
+    group, step = choices(space, state, reach)
     moved = np.repeat(state[None], len(group), axis=0)
     moved[np.arange(len(group)), group] = step
     base = space.loads(state[None])[0]
     change = space.loads(moved) - base
     slack = np.zeros(len(base))
     for _ in range(TIGHTER):
-        found = _solved(loss[group, step], group, step, change, 1 - base - slack)
+        found = solved(loss[group, step], group, step, change, 1 - base - slack)
         if found is None:
             return None
         over = space.loads(found[None])[0] - 1
@@ -70,7 +73,7 @@ def _around(space: Space, loss: FloatArray, state: IntArray, reach: int) -> IntA
     return None
 
 
-def _choices(space: Space, state: IntArray, reach: int) -> tuple[IntArray, IntArray]:
+def choices(space: Space, state: IntArray, reach: int) -> tuple[IntArray, IntArray]:
     """(group [V], step [V]): for each group up to CHOICES steps within ``reach``, its own too."""
     groups, steps = [], []
     for f, here in enumerate(state.tolist()):
@@ -82,7 +85,7 @@ def _choices(space: Space, state: IntArray, reach: int) -> tuple[IntArray, IntAr
     return np.concatenate(groups), np.concatenate(steps)
 
 
-def _solved(
+def solved(
     loss: FloatArray, group: IntArray, step: IntArray, change: FloatArray, room: FloatArray
 ) -> IntArray | None:
     """One step for each group: least ``loss`` [V] with sum of ``change`` [V, D] <= ``room`` [D]."""
@@ -90,16 +93,17 @@ def _solved(
     pick = csr_array((np.ones(count), (group, np.arange(count))))
     scale = np.maximum(np.abs(change).max(axis=0), 1e-12)
     scaled = change.T / scale[:, None]
-    result = milp(
-        loss / max(float(np.abs(loss).max()), 1e-300),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(pick, 1, 1),
-            LinearConstraint(scaled, -np.inf, room / scale),
-        ],
-        options={"mip_rel_gap": GAP, "node_limit": NODES},
-    )
+    with native_prints_dropped():  # HiGHS reports tiny infeasibilities whatever its options say
+        result = milp(
+            loss / max(float(np.abs(loss).max()), 1e-300),
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(pick, 1, 1),
+                LinearConstraint(scaled, -np.inf, room / scale),
+            ],
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
     if result.x is None:
         return None
     state = np.zeros(pick.shape[0], dtype=np.int64)

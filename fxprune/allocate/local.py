@@ -29,6 +29,8 @@ from fxprune.types import IntArray, PrunePlan
 BATCH = 4  # neighbours evaluated at once; fixed, so that workers do not change the result
 PATIENCE = 3  # batches without a better neighbour before a step larger than one is halved
 ALONE = 2  # at most one evaluation in so many goes into cutting groups alone
+DEEP = 2.5  # times the budget that the whole model takes, above which curves have a third point
+DEEPER = 4  # that point is at this part of the state's kept share
 PROPOSALS = 2  # times that the model proposes an allocation, with what it has learnt
 PAIRS = 20  # givers and takers considered where more groups could give or take
 
@@ -59,13 +61,15 @@ def measure_groups_alone(search: Search) -> bool:
     """Cut each group alone, as far as the current state does and further: curves for the model.
 
     These states are above the budget: they are never accepted. First every group once, those that
-    save most before the others, then every group again, as far as the evaluations go.
-    False where there are not enough for it.
+    save most before the others, then every group again, and once more where the budget is deep, as
+    far as the evaluations go. False where there are not enough for it.
     """
     space, top = search.space, search.space.top
     share = search.state / np.maximum(top, 1)
     alone = [_alone(search, np.minimum(search.state, top - 1))]
     alone.append(_alone(search, np.floor(top * np.maximum(share - 0.3, share / 2))))
+    if space.load(top[None])[0] > DEEP:
+        alone.append(_alone(search, np.floor(top * share / DEEPER)))
     order = np.argsort(space.load(alone[0]), kind="stable")
     order = order[top[order] > 0]
     wanted = [points[f] for points in alone for f in order]
