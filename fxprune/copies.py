@@ -46,6 +46,17 @@ def copied(model: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     return result
 
 
+def twin(module: nn.Module) -> nn.Module:
+    """``copy.copy(module)``: another module with the same attributes."""
+    kind: Any = type(module)
+    if not _is_plain(kind):
+        return copy.copy(module)
+    made: nn.Module = kind.__new__(kind)
+    made.__dict__.update(module.__dict__)
+    made.__dict__.pop(_COMPILED, None)
+    return made
+
+
 def eventful(module: nn.Module) -> list[Any]:
     """The attributes of a module that are more than numbers, names and empty containers.
 

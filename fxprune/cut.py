@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
 from fxprune.assembly import assembled, targets
-from fxprune.copies import copied
+from fxprune.copies import copied, twin
 from fxprune.inputs import longer
 from fxprune.isolate import uncompiled
 from fxprune.leaves import fit, is_leaf
@@ -86,17 +86,25 @@ def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
 def _sliced(source: nn.Module, sizes: Sizes) -> dict[int, Tensor]:
     """id of each parameter and buffer -> its new tensor."""
     new: dict[int, Tensor] = {}
-    for name, t in list(source.named_parameters()) + list(source.named_buffers()):
-        value = t.detach()
-        for d in range(t.dim()):
-            index = sizes.kept_index(name, d)
-            if index is not None:
-                value = value.index_select(d, torch.from_numpy(index).to(value.device))
-        if value.data_ptr() == t.data_ptr():
-            value = value.clone(memory_format=torch.preserve_format)
-        made = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-        new[id(t)] = made
+    for path, module in source.named_modules():
+        for own in (module._parameters, module._buffers):
+            for atom, t in own.items():
+                if t is not None and id(t) not in new:
+                    new[id(t)] = _cut_tensor(t, f"{path}.{atom}" if path else atom, sizes)
     return new
+
+
+def _cut_tensor(t: Tensor, name: str, sizes: Sizes) -> Tensor:
+    value = t.detach()
+    whole = True
+    for d in range(t.dim()):
+        index = sizes.kept_tensor(name, d)
+        if index is not None:
+            value, whole = value.index_select(d, index.to(value.device)), False
+    if whole:
+        value = value.clone(memory_format=torch.preserve_format)
+    parameter = type(t) is nn.Parameter or isinstance(t, nn.Parameter)
+    return nn.Parameter(value, t.requires_grad) if parameter else value
 
 
 def _modules(
@@ -137,9 +145,9 @@ def _settle(old: ParametrizationList, new: nn.Module, path: str, sizes: Sizes) -
 
 def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     """A copy whose parameters and buffers are replaced as ``tensors`` (by id) says."""
-    if next(module.children(), None) is not None:
+    if module._modules:
         return copy.deepcopy(module, dict(tensors))
-    new = copy.copy(module)
+    new = twin(module)
     new._parameters = {}
     for name, p in module._parameters.items():
         made: Any = None if p is None else tensors.get(id(p), p)

@@ -36,6 +36,7 @@ class Rewriter:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.originals: dict[fx.Node, Any] = {}
+        self.numbers: set[fx.Node] = set()  # nodes so far that give no tensors
         self.afterwards: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
         self.computes_more = False  # than the original with other constants
 
@@ -45,6 +46,8 @@ class Rewriter:
             self.env[old] = new
             with self.graph.inserting_before(new):
                 self._rewrite(old, new)
+            if not _makes_tensors(self.sizes.old(old)):
+                self.numbers.add(old)
             if old in self.afterwards:
                 self.env[old] = self.afterwards[old](self.env[old])
         self._prune_sizes()
@@ -55,10 +58,10 @@ class Rewriter:
         if old.op not in ("call_function", "call_method"):
             return
         handler = HANDLERS.get(call_name(old))
-        wanted = _makes_tensors(self.sizes.old(old)) or old.target is operator.setitem
-        if handler is not None and wanted:
+        makes = _makes_tensors(self.sizes.old(old))
+        if handler is not None and (makes or old.target is operator.setitem):
             handler(self, old, new)
-        elif _makes_tensors(self.sizes.old(old)) or self.sizes.old(old) is None:
+        elif makes or self.sizes.old(old) is None:
             self.keep_numbers(old, new)
 
     def then(self, node: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -71,6 +74,8 @@ class Rewriter:
 
     def keep_numbers(self, old: fx.Node, new: fx.Node, but: tuple[Any, ...] = ()) -> None:
         """Sizes that the plan changes keep their original value as numbers in ``new``."""
+        if self.numbers.isdisjoint(old.all_input_nodes):
+            return
 
         def original(n: fx.Node) -> Any:
             return self.original(n) if n not in but else self.env[n]
@@ -160,7 +165,9 @@ class Rewriter:
 
 
 def _makes_tensors(value: Any) -> bool:
-    return any(isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value))
+    return isinstance(value, Traits) or any(
+        isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value)
+    )
 
 
 def _has_nodes(tree: Any) -> bool:

@@ -30,6 +30,9 @@ class Sizes:
         )
         self.touched = ~(self.mask & self.outline)
         self._new: dict[str, Any] = {}
+        self._kept: dict[int, tuple[IntArray | None, torch.Tensor | None]] = {}
+        self._along: dict[tuple[int, int], BoolArray] = {}  # by id of a field, which values share
+        self._whole: dict[int, bool] = {}
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -38,8 +41,16 @@ class Sizes:
         classes = self.coupling.param_classes.get((name, dim))
         if classes is None:
             return None
-        kept = self.mask[classes]
-        return None if kept.all() else np.flatnonzero(kept)
+        if id(classes) not in self._kept:  # many dims share one array
+            kept = self.mask[classes]
+            index = None if kept.all() else np.flatnonzero(kept)
+            self._kept[id(classes)] = index, None if index is None else torch.from_numpy(index)
+        return self._kept[id(classes)][0]
+
+    def kept_tensor(self, name: str, dim: int) -> torch.Tensor | None:
+        """``kept_index`` as a tensor on the CPU."""
+        index = self.kept_index(name, dim)
+        return None if index is None else self._kept[id(self.coupling.param_classes[name, dim])][1]
 
     # -- channels of activations --------------------------------------------------------------
 
@@ -54,19 +65,30 @@ class Sizes:
 
     def positions(self, traits: Traits, dim: int) -> BoolArray:
         """[size] kept positions along one dim of a tensor."""
-        kept = np.ones(traits.shape[dim], dtype=np.bool_)
-        for f in traits.fields:
-            if f.shape[dim] > 1:
-                alone = f.size == f.shape[dim]
-                mask = (self.mask if alone else self.outline)[self.coupling.cls[f]]
-                kept &= mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
-        return kept
+        found = [self._positions(f, dim) for f in traits.fields if f.shape[dim] > 1]
+        if not found:
+            return np.ones(traits.shape[dim], dtype=np.bool_)
+        return found[0].copy() if len(found) == 1 else np.logical_and.reduce(found)
+
+    def _positions(self, f: IntArray, dim: int) -> BoolArray:
+        key = id(f), dim
+        if key not in self._along:
+            alone = f.size == f.shape[dim]
+            mask: BoolArray = (self.mask if alone else self.outline)[self.coupling.cls[f]]
+            others = tuple(d for d in range(mask.ndim) if d != dim)
+            self._along[key] = np.asarray(mask.any(axis=others))
+        return self._along[key]
 
     def shape(self, traits: Traits) -> tuple[int, ...]:
         """The new shape of a tensor."""
-        if not any(self.touched[self.coupling.cls[f]].any() for f in traits.fields):
+        if all(self._stays(f) for f in traits.fields):
             return traits.shape
         return tuple(int(self.positions(traits, d).sum()) for d in range(len(traits.shape)))
+
+    def _stays(self, f: IntArray) -> bool:
+        if id(f) not in self._whole:
+            self._whole[id(f)] = not self.touched[self.coupling.cls[f]].any()
+        return self._whole[id(f)]
 
     def new_traits(self, value: Any) -> Any:
         """A node's value with every tensor's new shape (fields left out)."""
@@ -122,7 +144,9 @@ def _first(keep: BoolArray, rows: int) -> BoolArray:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value))
+    return isinstance(value, Traits) or any(
+        isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value)
+    )
 
 
 def _shapes(value: Any) -> Any:

@@ -7,7 +7,7 @@ of a consumer, P plans, G groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,6 +20,22 @@ IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 Rounding: TypeAlias = Mapping[str, IntArray]
+
+
+class Parts(Sequence[IntArray]):
+    """Arrays that lie one after the other: part i is ``flat[ends[i]:ends[i + 1]]``."""
+
+    def __init__(self, flat: IntArray, ends: IntArray) -> None:
+        self._flat, self._ends = flat, ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        at = range(len(self))[i]
+        return self._flat[self._ends[at] : self._ends[at + 1]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     uses: tuple[Use, ...]
     nodes: tuple[str, ...]
-    classes: tuple[IntArray, ...]
+    classes: Sequence[IntArray]
     locked: str | None = None
     overlaps: tuple[str, ...] = ()
 

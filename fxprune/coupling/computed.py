@@ -71,24 +71,28 @@ class _Formulas:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.parameters = dict(gm.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = {}
         self.constant: set[fx.Node] = set()
         self.weights: list[fx.Node] = []
         self.called: set[int] = set()  # parameters of modules that stay one node
         for node in gm.graph.nodes:
             inputs = node.all_input_nodes
-            if node.op == "call_module":
-                self.called |= {id(t) for t in gm.get_submodule(str(node.target)).parameters()}
-            elif node.op == "get_attr" or (
+            if node.op == "get_attr" or (
                 node.op in ("call_function", "call_method")
                 and inputs
                 and all(i in self.constant for i in inputs)
                 and not is_impure(node)
             ):
                 self.constant.add(node)
-            elif call_name(node) in _WEIGHTED:
+            elif self.constant and node.op != "call_module" and call_name(node) in _WEIGHTED:
                 behind = [i for i in inputs if i in self.constant and i not in node.args[:1]]
                 self.weights += [i for i in behind if i.op != "get_attr"]
+        if self.weights:
+            self.parameters = dict(gm.named_parameters())
+            called = (
+                gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"
+            )
+            self.called = {id(t) for m in called for t in m.parameters()}
         self.values = _values(gm, self.weights)
 
     def found(self) -> dict[str, list[fx.Node]]:

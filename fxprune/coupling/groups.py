@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from fxprune.coupling.labels import Contraction
 from fxprune.coupling.run import Run, Traits, label_run
 from fxprune.coupling.solve import Solution, signatures, solve
 from fxprune.coupling.verify import Claims, Governing, checked
-from fxprune.types import ChannelGroup, Consumer, IntArray, Member, Use
+from fxprune.types import ChannelGroup, Consumer, IntArray, Member, Parts, Use
 
 KERNEL = "kernel position"
 
@@ -174,13 +175,19 @@ class _Builder:
         return self._by_signature(rows, owner, by_row=True)
 
     def _by_signature(self, owners: IntArray, owner: IntArray, by_row: bool) -> list[_Draft]:
+        if not len(owners):
+            return []
         kinds = signatures(self.s.cls[: self.run.facts.count], owner, self.slots)
         owners = owners[kinds[owners] != 0]
-        keys = np.stack([kinds[owners], self.reason[owners]], 1)
-        _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        if not len(owners):
+            return []
+        _, kind = np.unique(kinds[owners], return_inverse=True)
+        key = kind.ravel() * (len(self.reasons) + 1) + self.reason[owners] + 1
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        parts = np.split(owners[np.argsort(which, kind="stable")], np.cumsum(np.bincount(which)))
         drafts = []
         for k in np.argsort(first):
-            members = owners[which.ravel() == k]
+            members = parts[k]
             number = int(self.reason[members[0]])
             why = self.reasons[number] if number >= 0 else None
             if why is None and len(members) == 1:
@@ -191,17 +198,24 @@ class _Builder:
     # -- parameters and consumers -------------------------------------------------------------
 
     def _param_classes(self) -> dict[tuple[str, int], IntArray]:
-        found = {}
+        keys, flat = [], []
         for name, traits in self.run.parameters.items():
             for f in traits.fields:
-                dim = next(d for d, size in enumerate(f.shape) if size > 1)
-                classes = self.s.cls[f.ravel()]
-                free = (self.governing[False][0][classes] >= 0) | (
-                    self.governing[True][0][classes] >= 0
-                )
-                if free.any():
-                    found[name, dim] = np.where(free, classes, -1)
-        return found
+                keys.append((name, next(d for d, size in enumerate(f.shape) if size > 1)))
+                flat.append(f.ravel())
+        if not keys:
+            return {}
+        classes = self.s.cls[np.concatenate(flat)]
+        free = (self.governing[False][0][classes] >= 0) | (self.governing[True][0][classes] >= 0)
+        starts = np.cumsum([0, *(len(f) for f in flat)])
+        some = np.logical_or.reduceat(free, starts[:-1])
+        parts = np.split(np.where(free, classes, -1), starts[1:-1])
+        same: dict[bytes, IntArray] = {}  # equal dims share one array
+        return {
+            key: same.setdefault(part.tobytes(), part)
+            for key, part, any_free in zip(keys, parts, some, strict=True)
+            if any_free
+        }
 
     def _consumers(self, params: dict[tuple[str, int], IntArray]) -> tuple[Consumer, ...]:
         nodes = {n.name: n for n in self.gm.graph.nodes}
@@ -290,17 +304,17 @@ class _Builder:
                     found.append((int(g[mine[0]]), mine.reshape(n, -1)))
         return found
 
-    def _classes(self, drafts: list[_Draft]) -> list[tuple[IntArray, ...]]:
+    def _classes(self, drafts: list[_Draft]) -> list[Sequence[IntArray]]:
         """For each draft, the classes that each of its channels governs."""
-        result: list[tuple[IntArray, ...]] = [()] * len(drafts)
+        result: list[Sequence[IntArray]] = [()] * len(drafts)
         for by_row, (group, channel) in self.governing.items():
             order = np.lexsort((channel, group))
-            starts = np.searchsorted(group[order], np.arange(len(drafts) + 1))
+            starts = np.searchsorted(group[order], np.arange(len(drafts) + 1)).tolist()
             for g, d in enumerate(drafts):
                 if d.by_row == by_row:
                     mine = order[starts[g] : starts[g + 1]]
-                    ends = np.searchsorted(channel[mine], np.arange(d.owners.size + 1)).tolist()
-                    result[g] = tuple(mine[a:b] for a, b in pairwise(ends))
+                    counts = np.bincount(channel[mine], minlength=d.owners.size)
+                    result[g] = Parts(mine, np.cumsum([0, *counts]))
         return result
 
     def _nodes(self, count: int) -> list[tuple[str, ...]]:

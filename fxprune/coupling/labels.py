@@ -271,7 +271,15 @@ class Labels:
 
     def created(self, t: Tensor) -> None:
         """One fresh field for each dim of a tensor that is made in forward."""
-        self.put(t, [self.along(t, d) for d, size in enumerate(t.shape) if size > 1])
+        shape = tuple(t.shape)
+        at, fields, fresh = 0, [], self.new(sum(n for n in shape if n > 1))
+        for d, n in enumerate(shape):
+            if n > 1:
+                ones = [1] * len(shape)
+                ones[d] = n
+                fields.append(fresh[at : at + n].reshape(ones))
+                at += n
+        self.put(t, fields)
 
     def along(self, t: Tensor, dim: int) -> IntArray:
         """A fresh field along one dim of ``t``."""
@@ -281,7 +289,9 @@ class Labels:
     def vanishes(self, t: Tensor) -> bool:
         """Whether ``t`` is zero at every position whose label is removed."""
         note = self._known(t)
-        return note is not None and note.vanishing and storage_key(t) not in self.dirty
+        if note is None or not note.vanishing:
+            return False
+        return not self.dirty or storage_key(t) not in self.dirty
 
     def vanish(self, t: Tensor) -> None:
         """``t`` is zero at every position whose label is removed."""
@@ -390,6 +400,8 @@ class Labels:
 
         Those that came apart again say nothing. seen: the fields of all values that are kept.
         """
+        if not self._products:
+            return
         facts = self.facts
         used = np.zeros(facts.count, dtype=np.bool_)
         pairs = [f for pair in [*facts.unions, *facts.parents] for f in pair]

@@ -6,6 +6,7 @@ A reshape leaves dims alone that carry no labels, so that token and pixel grids 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,11 +218,10 @@ def joined(labels: Labels, parts: Sequence[Tensor], fields: list[Fields], dim: i
         return labels.combine(unfixed(labels, shapes, fields, reason))
     pieces = [_piece(labels, t, fs, dim) for t, fs in zip(parts, fields, strict=True)]
     shape = [max(p.shape[d] for p in pieces) for d in range(pieces[0].ndim)]
-    full = []
-    for p in pieces:
-        target = [p.shape[d] if d == dim else shape[d] for d in range(p.ndim)]
-        full.append(np.broadcast_to(p, target))
-    result = np.concatenate(full, axis=dim)
+    if math.prod(shape) > shape[dim]:  # they vary along other dims too
+        around = shape[:dim], shape[dim + 1 :]
+        pieces = [np.broadcast_to(p, (*around[0], p.shape[dim], *around[1])) for p in pieces]
+    result = np.concatenate(pieces, axis=dim)
     labels.uniform(result, dim)
     for d in varying(result) - {dim}:  # the parts keep equal extents along all other dims
         labels.rect(result, d)
@@ -230,6 +230,8 @@ def joined(labels: Labels, parts: Sequence[Tensor], fields: list[Fields], dim: i
 
 def _piece(labels: Labels, t: Tensor, fields: Fields, dim: int) -> IntArray:
     """The field of one part along the concatenated dim; fixed labels where it has none."""
+    if len(fields) == 1 and fields[0].shape[dim] > 1:
+        return fields[0]
     own = [f for f in fields if dim in varying(f)]
     for f in fields:
         if f is not (own[0] if own else None):

@@ -31,7 +31,7 @@ def apply_rule(
 ) -> None:
     """Carry labels over one executed op."""
     tensors = _tensors(args, kwargs)
-    name = str(func.overloadpacket)
+    name = _name(func)
     grows = labels.expands and name == "aten.expand"
     if name not in PRODUCTS and not grows and not any(labels.of(t) for t in tensors):
         return
@@ -43,6 +43,11 @@ def apply_rule(
     else:
         rule(labels, func, args, kwargs, out)
     vanish.note(labels, func, args, kwargs, out)
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    return str(func.overloadpacket)
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

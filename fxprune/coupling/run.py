@@ -303,7 +303,7 @@ class _LabelInterpreter(fx.Interpreter):
         def one(t: Tensor) -> Traits:
             return Traits(tuple(t.shape), t.dtype, tuple(self.labels.of(t)))
 
-        return trees.map_tensors(one, value)
+        return one(value) if isinstance(value, Tensor) else trees.map_tensors(one, value)
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:

@@ -63,10 +63,10 @@ _KEEPING = _UNARY | _MOVING
 
 def note(labels: Labels, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """After an op: remember which of its results vanish, and forget what it has written over."""
-    name = func.overloadpacket.__name__
+    name, mutable = _form(func)
     results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if labels.of(t)]
     known = _known(labels, func, name, args, kwargs, results)
-    if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+    if mutable and args and isinstance(args[0], Tensor):
         if not known:
             labels.overwritten(args[0])
         return
@@ -120,6 +120,12 @@ def _zeroed_by_all(labels: Labels, parts: Sequence[Any]) -> IntArray | None:
     if not found or any(by is None for by in found):
         return None
     return functools.reduce(np.intersect1d, [by for by in found if by is not None])
+
+
+@functools.cache
+def _form(func: Any) -> tuple[str, bool]:
+    """(name, whether it writes to its arguments)"""
+    return func.overloadpacket.__name__, bool(func._schema.is_mutable)
 
 
 def _known(

@@ -31,14 +31,16 @@ class Governing:
     def mask(self, keep: Sequence[BoolArray]) -> BoolArray:
         """[classes + 1] from the kept channels of each group; the last entry is always kept."""
         mask = np.ones(len(self.unit_group) + 1, dtype=np.bool_)
+        if not len(keep):
+            return mask
+        flat = np.concatenate(keep)
+        starts = np.cumsum([0, *(len(k) for k in keep)])
         for group, channel in (
             (self.unit_group, self.unit_channel),
             (self.row_group, self.row_channel),
         ):
-            for g, kept in enumerate(keep):
-                if not kept.all():
-                    mine = np.flatnonzero(group == g)
-                    mask[mine] &= kept[channel[mine]]
+            mine = np.flatnonzero(group >= 0)
+            mask[mine] &= flat[starts[group[mine]] + channel[mine]]
         return mask
 
     def groups_of(self, classes: IntArray) -> set[int]:
@@ -70,6 +72,9 @@ class Claims:
         return cls(
             arrays[0], arrays[1], arrays[2], distinct_pairs(p, c, int(classes.max(initial=0)) + 1)
         )
+
+    def __bool__(self) -> bool:
+        return bool(self.rects or self.uniforms or self.meets or len(self.pairs))
 
     def violated(self, mask: BoolArray) -> list[IntArray]:
         """The classes of every claim that does not hold under ``mask``."""
@@ -117,6 +122,8 @@ def checked(
     """The groups, with those locked under which a random plan breaks a claim."""
     rng = np.random.default_rng(0)
     result = list(groups)
+    if not claims:
+        return tuple(result)
     for _ in range(_ROUNDS):
         worst: set[int] = set()
         for _ in range(_PLANS):
