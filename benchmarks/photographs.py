@@ -1,8 +1,11 @@
 """Photographs that installed packages bring along, as crops for calibration and for comparison.
 
-scikit-learn and scikit-image have a few sample images; Debian's packages of wallpapers
-(lomiri-wallpapers-16.04, lomiri-wallpapers-20.04, mate-backgrounds, plasma-workspace-wallpapers)
-about 40 more. Drawings and patterns among them are left out, by name. Or give a folder of your own.
+scikit-learn and scikit-image have a few sample images; some of Debian's packages 71 more:
+
+    apt-get install --no-install-recommends lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 \\
+        mate-backgrounds plasma-workspace-wallpapers lxqt-themes palapeli-data opencv-doc
+
+Drawings and patterns among them are left out, by name. Or give a folder of your own.
 
 Legend for shapes: N crops, S pixels along each side.
 """
@@ -10,14 +13,17 @@ Legend for shapes: N crops, S pixels along each side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+Place: TypeAlias = tuple[Path, str, str]  # folder, pattern, names
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PACKAGES = {
@@ -44,37 +50,58 @@ SHARED = {  # below a folder of shared data, such as /usr/share
         "OneStandsOut Path summer_1am"
     ),
 }
+MORE = {  # they came later: so that the first ones stay in the halves in which they were
+    "doc/opencv-doc/examples/data/{}.jpg": (
+        "aero1 aloeL apple baboon board building butterfly ela_original fruits home leuvenA messi5 "
+        "orange squirrel_cls stuff"
+    ),
+    "doc/opencv-doc/examples/{}.png": "data/chicky_512 data/graf1 data/rubberwhale1",
+    "doc/opencv-doc/examples/{}.jpg": "alphamat/input_images/plant hfs/data/000",
+    "lxqt/wallpapers/{}.jpg": "Butterfly-Kenneth-Wimer after-the-rain fog this-is-not-windows",
+    "lxqt/wallpapers/{}.png": "Valendas appleflower beam butterfly cloud drop flowers",
+    "palapeli/collection/{}.jpg": (
+        "castle-maintenon cincinnati-bridge citrus-fruits european-honey-bee "
+        "panther-chameleon-female"
+    ),
+}
 
 
 def photographs(folder: str | None = None) -> list[Path]:
-    """Files of all photographs that are installed, or of all images below ``folder``; sorted.
+    """Files of all photographs that are installed, or of all images below ``folder``, in order.
 
     Raises FileNotFoundError where there are fewer than ten.
     """
     if folder is None:
-        found = sorted(_installed(), key=lambda p: p.parent.parent.parent.name + p.name)
+        places = [*_packages(), *_shared(SHARED)]
+        found = sorted(_files(places), key=lambda p: p.parent.parent.parent.name + p.name)
+        found += sorted(_files(_shared(MORE)), key=lambda p: p.name)
     else:
         found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
     if len(found) < 10:
         raise FileNotFoundError(
             f"found {len(found)} photographs in {folder or 'the installed packages'}; install "
-            "scikit-image and Debian's lomiri-wallpapers-16.04, mate-backgrounds and "
-            "plasma-workspace-wallpapers, or give a folder that holds at least ten"
+            "scikit-image and the Debian packages that benchmarks/photographs.py names at its "
+            "top, or give a folder that holds at least ten"
         )
     return found
 
 
-def _installed() -> Iterator[Path]:
-    places = []
+def _files(places: Iterable[Place]) -> Iterator[Path]:
+    for place, pattern, names in places:
+        yield from (p for n in names.split() if (p := place / pattern.format(n)).is_file())
+
+
+def _packages() -> Iterator[Place]:
     for package, (pattern, names) in PACKAGES.items():
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
-            places.append((Path(spec.origin).parent, pattern, names))
+            yield Path(spec.origin).parent, pattern, names
+
+
+def _shared(patterns: Mapping[str, str]) -> Iterator[Place]:
     shares = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
     for share in shares.split(":"):
-        places += [(Path(share), pattern, names) for pattern, names in SHARED.items()]
-    for place, pattern, names in places:
-        yield from (p for n in names.split() if (p := place / pattern.format(n)).is_file())
+        yield from ((Path(share), pattern, names) for pattern, names in patterns.items())
 
 
 def halves(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
