@@ -143,8 +143,8 @@ def sensitivity(
         scores = chosen(traced, statistics, np.random.default_rng(seed))
         problem = AllocationProblem(traced, scores, Budget(macs=1.0), round_to, seed)
         recipe = Recipe(model, traced.captured.given, seen, held_out, repair, evaluate)
-        fitness = recipe.fitness(traced, LeastSquares(traced, statistics).only)
-        with Shipped(recipe, traced, fitness) as shipped, local_workers(workers) as pool:
+        once = LeastSquares(traced, statistics)
+        with Shipped(recipe, traced, once) as shipped, local_workers(workers) as pool:
             space = space_of(problem, overlapping=True)
             return _measured(space, shipped, executor or pool, shares, progress)
 

@@ -98,7 +98,7 @@ def samples_of(values: Sequence[Any]) -> int:
     return next((len(v) for v in lists), 1)
 
 
-def part_of(values: Sequence[Any], part: slice) -> tuple[Any, ...]:
+def part_of(values: Sequence[Any], part: slice | Tensor) -> tuple[Any, ...]:
     """The same with ``part`` of the samples: of every tensor that is as long as the batch."""
     count = samples_of(values)
 

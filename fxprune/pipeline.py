@@ -178,11 +178,7 @@ def _pruned(
     finals = None
     if isinstance(mend, LeastSquares):
         finals = FinalFitness(traced, mend, seen, held_out, measure)
-    problem = replace(
-        _problem(traced, scores, o, keeper),
-        finals=finals,
-        identity=recipe.identity() if o.journal else "",
-    )
+    problem = replace(_problem(traced, scores, o, keeper), finals=finals)
     plan = _allocated(problem, recipe, traced, mend, o)
     clock.lap("allocate")
     gm = cut(traced, plan)
@@ -226,9 +222,15 @@ def _allocated(
     problem: AllocationProblem, recipe: Recipe, traced: Traced, mend: Repair | None, o: _Options
 ) -> PrunePlan:
     """The allocator's plan; candidates are evaluated here or by workers."""
-    fitness = recipe.fitness(traced, mend.only if isinstance(mend, LeastSquares) else None)
-    with Shipped(recipe, traced, fitness) as shipped, local_workers(o.workers) as pool:
-        return o.allocation(replace(problem, fitness=shipped, executor=o.executor or pool))
+    once = mend if isinstance(mend, LeastSquares) else None
+    probe = allocate.get("uniform")(problem)
+    with Shipped(recipe, traced, once, probe) as shipped, local_workers(o.workers) as pool:
+        identity = shipped.identity() if o.journal else ""
+        executor = o.executor or pool
+        plan = o.allocation(replace(problem, fitness=shipped, executor=executor, identity=identity))
+        if plan.meta.get("evaluations"):
+            plan = replace(plan, meta={**plan.meta, "repair inside": shipped.form})
+        return plan
 
 
 def _result(

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import DataError
-from fxprune.inputs import part_of, samples_of
+from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.products import evaluating, parameter_names, storage_key
 from fxprune.types import PrunePlan
 
@@ -75,21 +76,22 @@ def repair_bn(
 
 
 def some(batches: Iterable[Any], most: int) -> list[tuple[Any, ...]]:
-    """Batches as tuples, at most ``most`` samples. Raises DataError where there is none."""
-    taken: list[tuple[Any, ...]] = []
-    left = most
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        samples = samples_of(inputs)
-        if samples > left:
-            inputs = part_of(inputs, slice(0, left))
-        taken.append(inputs)
-        left -= samples
-        if left <= 0:
-            break
-    if left == most:
+    """Batches as tuples, at most ``most`` samples of them, from all over the data.
+
+    Of batches that cannot be divided, the first. Raises DataError where there is no sample.
+    """
+    every = [b if isinstance(b, tuple) else (b,) for b in batches]
+    sizes = [samples_of(b) for b in every]
+    if sum(sizes) == 0:
         raise DataError("the calibration data holds no sample; give at least one batch")
-    return taken
+    ends = np.cumsum(sizes)
+    if ends[-1] <= most:
+        return every
+    if not all(divisible(b) for b in every):
+        return every[: max(1, int(np.searchsorted(ends, most, side="right")))]
+    wanted = np.diff(ends * most // ends[-1], prepend=0)
+    picked = zip(every, sizes, wanted.tolist(), strict=True)
+    return [part_of(b, torch.arange(q) * n // q) for b, n, q in picked if q]
 
 
 Correct = Callable[[str, Any, "tuple[Tensor, Tensor]"], None]

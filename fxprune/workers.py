@@ -19,10 +19,10 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,7 +50,7 @@ class Recipe:
 
     model, inputs     what was traced
     seen, held_out    batches for the repair and for the comparison of outputs
-    repair            lstsq | bn | None
+    repair            lstsq (sequential) | once (one-shot least squares) | bn | None
     evaluate          the user's model -> float, or None for the divergence of outputs
     """
 
@@ -61,21 +61,38 @@ class Recipe:
     repair: str | None
     evaluate: Callable[[Any], float] | None = None
 
-    def fitness(self, traced: Traced, once: Once | None = None) -> Fitness:
-        """The fitness, for the traced model; ``once``: see :class:`Replay`."""
+    def fitness(self, traced: Traced, mend: LeastSquares | None = None) -> Fitness:
+        """The fitness, for the traced model; ``mend``: the one-shot form, where it is at hand."""
         if self.repair == "lstsq":
             replay = _Lazy(
-                lambda: Replay(traced, self.seen, self.held_out, once or self._once(traced))
+                lambda: Replay(traced, self.seen, self.held_out, self._once(traced, mend))
             )
             if self.evaluate is None:
                 return ReplayFitness(replay)
             return EvaluateFitness(traced, lambda p, m: replay().mend(p, m), self.evaluate)
-        mend: Repair | None = None
+        repair: Repair | None = None
         if self.repair == "bn":
-            mend = self._renew(traced)
+            repair = self._renew(traced)
+        if self.repair == "once":
+            repair = mend or self._least_squares(traced)
         if self.evaluate is not None:
-            return EvaluateFitness(traced, mend, self.evaluate)
-        return KLFitness(traced, mend, self.held_out)
+            return EvaluateFitness(traced, repair, self.evaluate)
+        return KLFitness(traced, repair, self.held_out)
+
+    def settled(
+        self, traced: Traced, mend: LeastSquares | None, probe: PrunePlan
+    ) -> tuple[Recipe, Fitness]:
+        """With the form of least squares that leaves ``probe`` nearer to the original.
+
+        The sequential form is ahead where errors add up along a deep net that was cut hard; the
+        one-shot form, which is cheaper and knows more samples, where layers are wide for them.
+        """
+        sequential = self.fitness(traced, mend)
+        if self.repair != "lstsq" or self.evaluate is not None or mend is None:
+            return self, sequential
+        other = replace(self, repair="once")
+        once = other.fitness(traced, mend)
+        return (other, once) if once(probe) <= sequential(probe) else (self, sequential)
 
     def identity(self) -> str:
         """Hash of the weights, the samples and the options (of ``evaluate``, its name alone)."""
@@ -94,13 +111,12 @@ class Recipe:
                     found.update(repr(t).encode())
         return found.hexdigest()
 
-    def _once(self, traced: Traced) -> Once:
-        def only(consumers: Iterable[str]) -> Repair:
-            return LeastSquares(traced, observe(traced, self.seen, displacement=False)).only(
-                consumers
-            )
+    def _once(self, traced: Traced, mend: LeastSquares | None) -> Once:
+        return lambda consumers: (mend or self._least_squares(traced)).only(consumers)
 
-        return only
+    def _least_squares(self, traced: Traced) -> LeastSquares:
+        seen = observe(traced, self.seen, displacement=False, gamma=0.0, progress=False)
+        return LeastSquares(traced, seen)
 
     def _renew(self, traced: Traced) -> Repair:
         def mend(plan: PrunePlan, module: fx.GraphModule) -> object:
@@ -126,18 +142,46 @@ class _Lazy:
 class Shipped:
     """A fitness that can go to other processes; in this one it is what it was made from.
 
-    Use as a context manager: the file is removed at the end.
+    Use as a context manager: the file is removed at the end. ``mend``: the one-shot form, where it
+    is at hand; ``probe``: a plan that decides on the form of least squares when the fitness is
+    first needed (:meth:`Recipe.settled`).
     """
 
-    def __init__(self, recipe: Recipe, traced: Traced, fitness: Fitness) -> None:
-        self._recipe, self._fitness = recipe, fitness
+    def __init__(
+        self,
+        recipe: Recipe,
+        traced: Traced,
+        mend: LeastSquares | None = None,
+        probe: PrunePlan | None = None,
+    ) -> None:
+        self._recipe, self._traced, self._mend, self._probe = recipe, traced, mend, probe
+        self._fitness: Fitness | None = None
         self._groups = [(g.name, g.n) for g in traced.groups]
         self._folder: Path | None = None
         self._file: tuple[str, str] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __call__(self, plan: PrunePlan) -> float:
-        return self._fitness(plan)
+        return self._settled()(plan)
+
+    def _settled(self) -> Fitness:
+        with self._lock:
+            if self._fitness is None and self._probe is not None:
+                found = self._recipe.settled(self._traced, self._mend, self._probe)
+                self._recipe, self._fitness = found
+            elif self._fitness is None:
+                self._fitness = self._recipe.fitness(self._traced, self._mend)
+            return self._fitness
+
+    def identity(self) -> str:
+        """Of all that the fitness depends on; see :meth:`Recipe.identity`."""
+        self._settled()
+        return self._recipe.identity()
+
+    @property
+    def form(self) -> str | None:
+        """The repair inside the search, as :class:`Recipe` names it."""
+        return self._recipe.repair
 
     def __enter__(self) -> Shipped:
         return self
@@ -156,6 +200,7 @@ class Shipped:
         """
         with self._lock:
             if self._file is None:
+                self._settled()
                 body = _packed((self._recipe, self._groups))
                 digest = hashlib.sha256(body).hexdigest()
                 self._folder = Path(tempfile.mkdtemp(prefix="fxprune-"))  # for the owner alone

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from allocate_fakes import Fake, attention, chain, group, problem, share_of
 
 from fxprune import allocate
+from fxprune.allocate.knapsack import knapsack
 from fxprune.allocate.neighbours import neighbours
 from fxprune.allocate.sensitivity import Sensitivity
 from fxprune.allocate.space import space_of
@@ -245,6 +247,48 @@ def test_the_model_learns_additive_losses() -> None:
     predicted = model.predict(states)
     assert np.corrcoef(predicted, losses)[0, 1] > 0.97
     assert (np.argsort(model.weight) == np.argsort(truth)).all()
+
+
+def test_curves_that_the_scores_do_not_tell_are_measured_where_they_matter() -> None:
+    """Additive losses of very different size and bend, 20 groups, 60 evaluations: the optimum."""
+    ratios = []
+    for seed in range(2, 5):
+        rng = np.random.default_rng(seed)
+        fake = chain(rng, [128] * 20)
+        weight, power = 10.0 ** rng.uniform(-2, 0, 20), rng.choice([1.0, 2.0, 4.0], 20)
+
+        def loss(plan: PrunePlan, fake: Fake = fake, w: Any = weight, p: Any = power) -> float:
+            cut = [1 - len(plan.kept.get(g.name, range(g.n))) / g.n for g in fake.groups[:20]]
+            return float((w * np.array(cut) ** p).sum())
+
+        made = problem(fake, 0.7, seed, fitness=loss)
+        space = space_of(made)
+        curves = weight[:, None] * (1 - space.table / 128) ** power[:, None]
+        least = np.zeros(20, dtype=np.int64)
+        optimum = knapsack(space, curves, np.ones((20, curves.shape[1] - 1)), least)
+        plan = allocate.get("local")(made)
+        alone = [t for t in plan.meta["trace"] if t["stage"] == "alone"]
+        assert 20 < len(alone) <= 0.75 * 60
+        ratios.append(plan.meta["fitness"] / loss(space.plan(optimum)))
+    assert max(ratios) < 1.2 and np.mean(ratios) < 1.1
+
+
+def test_hope_takes_a_deeper_cut_for_no_dearer_than_what_was_measured() -> None:
+    fake = chain(np.random.default_rng(6), [64, 64])
+    made = replace(problem(fake, 0.4), scores={g.name: np.ones(g.n) for g in fake.groups[:2]})
+    space = space_of(made)
+    model = Sensitivity(space)
+    shallow, dear = space.top.copy(), space.top.copy()
+    shallow[0], dear[1] = 6, 4  # 8 and 24 channels less
+    model.measure(0.0, [(shallow, 0.1), (dear, 3.0)])
+    assert model.deepest.tolist() == [6, 4]
+    hoped, expected = model.hope(space.top // 4), model.proposal(space.top // 4)
+    assert hoped[0] <= expected[0] and space.holds(np.stack([hoped, expected])).all()
+    assert hoped[1] >= expected[1]
+    deeper = space.top.copy()
+    deeper[0] = 1
+    model.measure(0.0, [(shallow, 0.1), (dear, 3.0), (deeper, 30.0)])
+    assert model.deepest.tolist() == [1, 4] and model.hope(space.top // 4)[0] > 1
 
 
 def test_many_groups_are_searched_in_little_time() -> None:

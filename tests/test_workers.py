@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from fxprune import workers
 from fxprune.errors import InternalError, ModelError, SpecError
 from fxprune.inputs import Inputs
 from fxprune.models import load_model
+from fxprune.observe import observe
 from fxprune.pipeline import PruneResult, prune
+from fxprune.repair import LeastSquares
 from fxprune.traced import trace
 from fxprune.types import PrunePlan
 from fxprune.workers import Received, Recipe, Shipped, local_workers
@@ -110,7 +113,7 @@ def test_the_file_is_private_checked_and_removed(tmp_path: Path) -> None:
     made = recipe(model)
     traced = trace(model, made.inputs)
     plan = PrunePlan({traced.groups[0].name: tuple(range(8))})
-    with Shipped(made, traced, made.fitness(traced)) as shipped:
+    with Shipped(made, traced) as shipped:
         path, digest = shipped.file()
         assert shipped.file() == (path, digest) and Path(path).name == digest
         assert Path(path).parent.stat().st_mode & 0o077 == 0
@@ -166,6 +169,26 @@ def test_what_cannot_be_asked_for() -> None:
         pruned(workers=2, executor=pool)
     with local_workers(0) as none:
         assert none is None
+
+
+def test_the_form_that_repairs_the_probe_better_is_the_one_of_the_search() -> None:
+    made = recipe(net())
+    traced = trace(made.model, made.inputs)
+    plan = PrunePlan({g.name: range(g.n // 2) for g in traced.groups if g.locked is None})
+    mend = LeastSquares(traced, observe(traced, made.seen))
+    sequential, once = (replace(made, repair=r).fitness(traced, mend) for r in ("lstsq", "once"))
+    better = "once" if once(plan) <= sequential(plan) else "lstsq"
+    with Shipped(made, traced, mend, plan) as shipped:
+        assert shipped.form == "lstsq"  # nothing was asked yet
+        assert shipped(plan) == min(once(plan), sequential(plan))
+        assert shipped.form == better
+        assert shipped.identity() == replace(made, repair=better).identity()
+        assert Received(*shipped.file())(plan) == pytest.approx(shipped(plan), rel=1e-6)
+    # The one-shot form of moments that are noise cannot be the better one.
+    noise = LeastSquares(traced, observe(traced, [torch.randn(2, 3, 8, 8)]))
+    assert made.settled(traced, noise, plan)[0].repair == "lstsq"
+    other = replace(made, repair="bn")
+    assert other.settled(traced, None, plan)[0] is other
 
 
 def test_identity_tells_weights_samples_and_options_apart() -> None:

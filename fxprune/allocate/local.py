@@ -7,7 +7,7 @@ each layer's kept count); what the search is allowed to cost is bounded by ``max
     neighbour   one group gives channels, another takes as many as the budget then allows
     fitness     measured on the really pruned and repaired model, lower is better
     start       the best of the cheap allocations and of the optimum of an additive model, whose
-                curves are measured by cutting each group alone
+                curves are measured by cutting each group alone, deeper where the optimum wants that
     search      evaluate neighbours, the most promising first; move to a better one; where none is
                 better, halve the step. At step one the model, which has learnt since, proposes
                 again; end where that is not better either, or when the evaluations are spent
@@ -28,9 +28,8 @@ from fxprune.types import IntArray, PrunePlan
 
 BATCH = 4  # neighbours evaluated at once; fixed, so that workers do not change the result
 PATIENCE = 3  # batches without a better neighbour before a step larger than one is halved
-ALONE = 2  # at most one evaluation in so many goes into cutting groups alone
-DEEP = 2.5  # times the budget that the whole model takes, above which curves have a third point
-DEEPER = 4  # that point is at this part of the state's kept share
+ALONE = 0.75  # most of the evaluations that go into cutting groups alone
+NEAR = 0.1  # of a group's steps: an optimum as near as that to a measured cut is taken as measured
 PROPOSALS = 2  # times that the model proposes an allocation, with what it has learnt
 PAIRS = 20  # givers and takers considered where more groups could give or take
 
@@ -58,29 +57,44 @@ def propose(search: Search) -> bool:
 
 
 def measure_groups_alone(search: Search) -> bool:
-    """Cut each group alone, as far as the current state does and further: curves for the model.
+    """Cut each group alone: curves for the model, deep where it wants to cut deep.
 
-    These states are above the budget: they are never accepted. First every group once, those that
-    save most before the others, then every group again, and once more where the budget is deep, as
-    far as the evaluations go. False where there are not enough for it.
+    First every group as far as the current state does, those that save most before the others.
+    Then each group that the model would cut elsewhere than where it was measured, there, or half
+    as deep again, until that brings nothing new. Beyond what was measured the model hopes (see
+    :meth:`Sensitivity.hope`): a shallow cut says little of a deep one. These states are
+    above the budget: they are never accepted. False where there are not enough evaluations for it.
     """
     space, top = search.space, search.space.top
-    share = search.state / np.maximum(top, 1)
-    alone = [_alone(search, np.minimum(search.state, top - 1))]
-    alone.append(_alone(search, np.floor(top * np.maximum(share - 0.3, share / 2))))
-    if space.load(top[None])[0] > DEEP:
-        alone.append(_alone(search, np.floor(top * share / DEEPER)))
-    order = np.argsort(space.load(alone[0]), kind="stable")
-    order = order[top[order] > 0]
-    wanted = [points[f] for points in alone for f in order]
-    wanted = wanted[: search.memory.limit // ALONE]
-    if not wanted or search.memory.left <= len(wanted) + 1:
+    first = _alone(search, np.minimum(search.state, top - 1))
+    order = np.argsort(space.load(first), kind="stable")
+    wanted = [first[f] for f in order[top[order] > 0]]
+    most = int(search.memory.limit * ALONE)
+    if not wanted or min(most, search.memory.left - 2) < len(wanted) // 2 + 1:
         return False
     whole = search.memory.evaluate([top], "whole")
-    results = search.memory.evaluate(wanted, "alone")
-    if whole and results:
+    results: list[tuple[IntArray, float]] = []
+    while whole and wanted and len(results) < most:
+        found = search.memory.evaluate(wanted[: most - len(results)], "alone")
+        results += found
+        if not found:
+            break
         search.model.measure(whole[0][1], results)
+        wanted = _unmeasured(search, [state for state, _ in results])
     return bool(whole and results)
+
+
+def _unmeasured(search: Search, measured: list[IntArray]) -> list[IntArray]:
+    """The groups whose steps in the model's hope are far from all measured ones, alone there.
+
+    At most twice as deep as they were measured; those that save most by it are the first.
+    """
+    top, deepest = search.space.top, search.model.deepest
+    best = np.maximum(search.model.hope(search.state), deepest // 2)
+    far = np.minimum(top - best, np.abs(np.array(measured) - best).min(axis=0))
+    alone = _alone(search, np.minimum(best, top - 1))
+    order = np.argsort(search.space.load(alone), kind="stable")
+    return [alone[f] for f in order if far[f] > np.maximum(1, NEAR * top[f])]
 
 
 def _alone(search: Search, state: IntArray) -> IntArray:

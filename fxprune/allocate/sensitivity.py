@@ -33,12 +33,14 @@ class Sensitivity:
 
     whole   fitness of the uncut model; NaN until it is known
     weight  [F], of each group's shape; all 1 until something is learnt
+    deepest [F], the lowest step at which each group was cut alone
     """
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.shape = -np.log(np.maximum(space.gain, LEAST_SHARE))
+        self.shape = self._scores = -np.log(np.maximum(space.gain, LEAST_SHARE))
         self.weight = np.ones(len(space.free))
+        self.deepest = space.top.copy()
         self.whole = np.nan
         self._seen: dict[tuple[int, ...], float] = {}
 
@@ -46,7 +48,8 @@ class Sensitivity:
         """Take over curves: fitness of the uncut model and of states that cut one group alone.
 
         Between measured steps, and beyond them, the ratio of the measured loss to the criterion's
-        shape is interpolated. A group that was not cut alone takes the median ratio.
+        shape is interpolated. A group that was not cut alone takes the median ratio. Called again,
+        with more states: what was taken over before is forgotten.
         """
         self.whole = whole
         least = 1e-6 * max((v - whole for _, v in alone if np.isfinite(v)), default=0.0)
@@ -55,15 +58,17 @@ class Sensitivity:
             (cut,) = np.flatnonzero(state < self.space.top)
             if np.isfinite(value) and least > 0:
                 step = int(state[cut])
-                ratio = max(value - whole, least) / max(self.shape[cut, step], 1e-12)
+                ratio = max(value - whole, least) / max(self._scores[cut, step], 1e-12)
                 points.setdefault(int(cut), {})[step] = ratio
         every = [r for ratios in points.values() for r in ratios.values()]
         scale = np.full(self.shape.shape, np.median(every) if every else 1.0)
         steps = np.arange(self.shape.shape[1])
+        self.deepest = self.space.top.copy()
         for f, ratios in points.items():
             known = sorted(ratios)
+            self.deepest[f] = known[0]
             scale[f] = np.interp(steps, known, [ratios[s] for s in known])
-        bent = self.shape * scale
+        bent = self._scores * scale
         self.shape = np.maximum.accumulate(bent[:, ::-1], axis=1)[:, ::-1].copy()
         self.learn(alone)
 
@@ -121,3 +126,17 @@ class Sensitivity:
     def proposal(self, at: IntArray) -> IntArray:
         """The state [F] that the model expects to be best; ``at`` [F] holds the budget."""
         return knapsack(self.space, self.shape * self.weight[:, None], self.keys(at), at)
+
+    def hope(self, at: IntArray) -> IntArray:
+        """The state [F] that could be best: beyond what was measured a loss grows no faster.
+
+        There each channel is taken for as dear as the mean one of the deepest measured cut. Losses
+        grow faster as a rule, so what is not worth cutting even so needs no deeper measurement.
+        """
+        rows, steps = np.arange(len(at)), np.arange(self.shape.shape[1])
+        gone = self.space.table[:, -1:] - self.space.table
+        known = gone[rows, self.deepest]
+        slope = self.shape[rows, self.deepest] / np.maximum(known, 1)
+        deeper = (steps < self.deepest[:, None]) & (known > 0)[:, None]
+        hoped = np.where(deeper, np.minimum(gone * slope[:, None], self.shape), self.shape)
+        return knapsack(self.space, hoped, self.keys(at), at)
