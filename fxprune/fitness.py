@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxprune import trees
 from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
+from fxprune.renorm import some
 from fxprune.repair import LeastSquares
 from fxprune.replay import Replay
 from fxprune.sequential import best_form
@@ -29,6 +30,7 @@ from fxprune.types import PrunePlan
 Repair: TypeAlias = Callable[[PrunePlan, fx.GraphModule], object]
 Evaluate: TypeAlias = Callable[[Any], float]
 LEAST_PROBABILITY = 1e-12
+FINAL_SAMPLES = 192  # on which finalists are repaired: to compare them, not to keep what comes out
 
 
 def candidate(traced: Traced, plan: PrunePlan, repair: Repair | None) -> fx.GraphModule:
@@ -122,9 +124,8 @@ class FinalFitness:
 
     def __call__(self, plan: PrunePlan) -> float:
         module = cut(self.traced, plan)
-        outcome = best_form(
-            self.traced, plan, module, self.once, self.seen, self.measure, self.held_out
-        )
+        seen = some(self.seen, FINAL_SAMPLES)
+        outcome = best_form(self.traced, plan, module, self.once, seen, self.measure, self.held_out)
         return min(outcome.fitness.values())
 
 

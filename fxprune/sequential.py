@@ -166,24 +166,42 @@ def best_form(
     measure: Callable[[fx.GraphModule], float],
     held_out: Iterable[Any] | None = None,
 ) -> Outcome:
-    """The one-shot form, then the sequential one on top; the better of both stays in ``module``.
+    """The one-shot form, the sequential one, and the mean of both; the best stays in ``module``.
+
+    Both forms estimate the same weights, with errors of their own: the one-shot form does not see
+    what the cut before a layer did, the sequential one follows it on the samples at hand. Where
+    samples are few, the mean of the weights is nearer to the original than either.
 
     ``once`` is the one-shot repair; ``measure`` a fitness of the repaired module on samples that
     the repair has not seen, lower is better; ``held_out``: see :func:`repair_sequential`.
     Consumers that the sequential form cannot treat keep what the one-shot form made of them.
     """
-    report = once(plan, module)
-    held = {name: t.detach().clone() for name, t in module.state_dict().items()}
+    reports = {"one-shot": once(plan, module)}
+    states = {"one-shot": _state(module)}
     fitness = {"one-shot": measure(module)}
     guess = once if isinstance(once, LeastSquares) else None
     sequential = repair_sequential(traced, plan, module, batches, held_out=held_out, once=guess)
+    reports["sequential"] = reports["mean"] = sequential
+    states["sequential"] = _state(module)
     fitness["sequential"] = measure(module)
-    if fitness["sequential"] <= fitness["one-shot"]:
-        return Outcome("sequential", sequential, fitness)
+    first, second = states.values()
+    states["mean"] = {k: t.lerp(second[k], 0.5) for k, t in first.items() if t.is_floating_point()}
+    _put(module, states["mean"])
+    fitness["mean"] = measure(module)
+    form = min(("sequential", "mean", "one-shot"), key=lambda f: fitness[f])
+    _put(module, states[form])
+    return Outcome(form, reports[form], fitness)
+
+
+def _state(module: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def _put(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, t in module.state_dict().items():
-            t.copy_(held[name])
-    return Outcome("one-shot", report, fitness)
+        own = module.state_dict()
+        for name, t in state.items():
+            own[name].copy_(t)
 
 
 def live_profile(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, int]:
