@@ -76,6 +76,7 @@ def row(
         criterion=recipe["criterion"], allocation=recipe["allocation"],
         repair=None if recipe["repair"] == "none" else recipe["repair"],
         calibration_samples=o.calibration, max_evaluations=o.evaluations, progress=o.progress,
+        journal=journal(o, recipe),
     )  # fmt: skip
     seconds = time.perf_counter() - start, time.process_time() - cpu
     found = log_probabilities(result.model, test)
@@ -89,9 +90,18 @@ def row(
         "seconds": round(seconds[0]),
         "cpu seconds": round(seconds[1]),
         "stages": result.report["seconds"],
+        "search": {k: v for k, v in result.plan.meta.items() if k not in ("trace", "seed")},
         "mended": {k: v for k, v in result.report.get("repair", {}).items() if k != "skipped"},
         "kept": kept,
     }
+
+
+def journal(o: argparse.Namespace, recipe: dict[str, Any]) -> Path | None:
+    """Where a search is kept: repairs on top of the same search take it from there."""
+    if recipe["allocation"] != "local" or recipe["repair"] not in ("lstsq", "distill"):
+        return None
+    name = f"lite0-{recipe['criterion']}-{recipe['budget']}-{o.calibration}-{o.evaluations}"
+    return Path(o.cache) / f"{name}.journal"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -112,17 +122,18 @@ def main() -> int:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.65])
     parser.add_argument("--criteria", nargs="+", default=["attention", "reconstruction", "l1"])
     parser.add_argument("--allocations", nargs="+", default=["local", "uniform"])
-    parser.add_argument("--repairs", nargs="+", default=["lstsq", "bn", "none"])
+    parser.add_argument("--repairs", nargs="+", default=["lstsq", "distill", "bn", "none"])
     parser.add_argument("--calibration", type=int, default=384, help="crops")
     parser.add_argument("--test", type=int, default=512, help="crops")
-    parser.add_argument("--evaluations", type=int, default=40, help="of the search")
+    parser.add_argument("--evaluations", type=int, default=60, help="of the search")
     parser.add_argument("--photographs", help="a folder of photographs of your own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/fxprune/quality"))
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
-    file = Path(o.cache) / f"lite0-{o.calibration}-{o.test}-{o.evaluations}.jsonl"
+    count = len(photographs(o.photographs))
+    file = Path(o.cache) / f"lite0-{count}-{o.calibration}-{o.test}-{o.evaluations}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     data = images(o)

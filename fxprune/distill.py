@@ -6,6 +6,11 @@ its statistics do not move, since calibration data is rarely the training distri
 and shift do. Few samples are fitted too well soon, so most batches are mixtures of two samples
 (mixup, Zhang et al., 2018), for which the original says what it gives, and of all states that were
 measured on held-out samples the best stays: never a worse one than least squares left.
+
+Steps are relative to the size of each tensor (as in LARS, You et al., 2017, and Adafactor, Shazeer
+and Stern, 2018), since an absolute step that small nets need tears fine weights apart. What share
+of its size a tensor may move differs from net to net by a factor of ten all the same, so short runs
+on the same samples choose it.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +39,10 @@ from fxprune.types import PrunePlan
 WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
 SPREAD_SAMPLES = 256  # on which the size of the outputs' loss is told
 GRADIENT_NORM = 1.0  # longer gradients are clipped
+RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried where none is given
+TRIAL = 0.1  # of the steps, for each rate that is tried
+TORN = 2.0  # times the loss of the first batch, above which a rate is given up
+LEAST_SIZE = 0.01  # of the median size: smaller tensors (a bias of zeros) move as if they had that
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Distillation:
     """Options of ``repair="distill"``; give it as ``repair=Distillation(steps=1000)``.
 
     steps       of the optimiser, each one batch
-    lr          highest learning rate of Adam
+    lr          highest rate of Adam, relative: the share of its own size (root mean square) that a
+                tensor moves in one step; None: what is best in short runs, on held-out samples
     batch_size  samples of each step
     features    weight of the inner features against the outputs; 0: outputs alone
     mix         share of the batches that are mixtures of two samples; inputs of whole numbers
@@ -50,7 +60,7 @@ class Distillation:
     """
 
     steps: int = 300
-    lr: float = 1e-3
+    lr: float | None = None
     batch_size: int = 32
     features: float = 1.0
     mix: float = 0.75
@@ -63,6 +73,8 @@ class Distillation:
                 raise SpecError(f"distillation: {name} must be a whole number from 1, got {value}")
         for name, most in (("lr", math.inf), ("features", math.inf), ("mix", 1.0)):
             value = getattr(self, name)
+            if name == "lr" and value is None:
+                continue
             if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
                 limit = "" if most == math.inf else f" and at most {most:g}"
                 raise SpecError(f"distillation: {name} must be at least 0{limit}, got {value}")
@@ -75,6 +87,7 @@ class DistillReport:
     before, after  the measure on held-out samples, lower is better; after <= before
     best_step      the step whose state stays; 0: none was better
     curve          (step, measure) of every check
+    lr             the rate; trials: rate -> measure after its short run, where several were tried
     points         nodes whose features were compared
     """
 
@@ -85,6 +98,8 @@ class DistillReport:
     points: tuple[str, ...]
     steps: int
     seconds: float
+    lr: float = 0.0
+    trials: Mapping[float, float] = field(default_factory=dict)
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +111,8 @@ class DistillReport:
             "points": list(self.points),
             "curve": [list(c) for c in self.curve],
             "seconds": round(self.seconds, 2),
+            "lr": self.lr,
+            **({"trials": {f"{r:g}": v for r, v in self.trials.items()}} if self.trials else {}),
             **({"note": self.note} if self.note else {}),
         }
 
@@ -125,7 +142,7 @@ def distill(
     with rng_kept(seed), evaluating(traced.graph_module), evaluating(module):
         run = _Run(traced, plan, module, o, inputs)
         with _learning(run.parameters), bar(progress) as shown:
-            return run.run(_Samples(inputs, o, seed), measure, shown)
+            return run.run(lambda: iter(_Samples(inputs, o, seed)), measure, shown)
 
 
 class _Samples:
@@ -216,7 +233,7 @@ class _Run:
         self.module, self.o = module, o
         self.cannot = ""  # why outputs cannot be compared, where they cannot
         self.spread = self._spread(traced, some(inputs, SPREAD_SAMPLES))
-        self.best = {k: t.clone() for k, t in module.state_dict().items()}
+        self.best = self._state()
         self.parameters = [p for p in module.parameters() if p.is_floating_point()]
 
     def _spread(self, traced: Traced, inputs: Sequence[tuple[Any, ...]]) -> float:
@@ -247,40 +264,90 @@ class _Run:
             return loss if loss is not None and loss.requires_grad else None
 
     def run(
-        self, samples: _Samples, measure: Callable[[fx.GraphModule], float], shown: Any
+        self,
+        samples: Callable[[], Iterator[tuple[Any, ...]]],
+        measure: Callable[[fx.GraphModule], float],
+        shown: Any,
     ) -> DistillReport:
+        """``samples()`` starts the same batches anew."""
         o, start = self.o, time.perf_counter()
-        curve = [(0, measure(self.module))]
-        task = shown.add_task("distill", total=o.steps, note="")
-        optimizer = torch.optim.Adam(self.parameters, o.lr)
+        self.task = shown.add_task("distill", total=o.steps, note="")
+        self.shown, self.note = shown, ""
+        before = measure(self.module)
+        rates = RATES if o.lr is None else (o.lr,)
+        trials = self._trials(rates, samples, measure) if len(rates) > 1 else {}
+        rate = min(trials, key=lambda r: trials[r]) if trials else rates[0]
+        curve, best, step = [(0, before)], (0, before), 0
         every = max(1, o.steps // o.checks)
-        best, note, step = curve[0], "", 0
-        for step, batch in zip(range(1, o.steps + 1), samples, strict=False):
-            loss = self.loss(batch)
-            if loss is None:
-                note = f"nothing of the outputs can be compared ({self.cannot or 'no gradient'})"
-                break
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                note = f"the loss was {value} at step {step}; it ended there"
-                break
-            optimizer.param_groups[0]["lr"] = o.lr * _share(step, o.steps)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
-            optimizer.step()
-            shown.update(task, advance=1, note=f"loss {value:.4f}")
+        for step, _ in self._descend(rate, o.steps, samples()):
             if step % every == 0 or step == o.steps:
                 curve.append((step, measure(self.module)))
                 if curve[-1][1] < best[1]:
                     best = curve[-1]
-                    self.best = {k: t.clone() for k, t in self.module.state_dict().items()}
+                    self.best = self._state()
         self._put_back()
         names = tuple(p.node for p in self.points)
         seconds = time.perf_counter() - start
         return DistillReport(
-            curve[0][1], best[1], best[0], tuple(curve), names, step, seconds, note
+            before, best[1], best[0], tuple(curve), names, step, seconds, rate, trials, self.note
         )
+
+    def _trials(
+        self,
+        rates: Sequence[float],
+        samples: Callable[[], Iterator[tuple[Any, ...]]],
+        measure: Callable[[fx.GraphModule], float],
+    ) -> dict[float, float]:
+        """Each rate -> the measure after a whole short run with it; inf where that tears the model.
+
+        The module is as before.
+        """
+        steps = max(1, round(TRIAL * self.o.steps))
+        self.shown.update(self.task, total=self.o.steps + len(rates) * steps)
+        found = {}
+        for rate in rates:
+            first, value = math.inf, 0.0
+            for step, value in self._descend(rate, steps, samples()):
+                first = value if step == 1 else first
+                if value > TORN * first:
+                    break
+            torn = self.note or value > TORN * first
+            value = math.inf if torn else measure(self.module)
+            found[rate] = value if math.isfinite(value) else math.inf
+            self._put_back()
+            self.note = ""
+        return found
+
+    def _descend(
+        self, rate: float, steps: int, samples: Iterator[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, float]]:
+        """A run from where the module is: (step, loss) of each. Ends early with a note."""
+        sizes = [float(p.detach().double().square().mean().sqrt()) for p in self.parameters]
+        least = LEAST_SIZE * sorted(sizes)[len(sizes) // 2] if sizes else 0.0
+        optimizer = torch.optim.Adam([{"params": [p]} for p in self.parameters], rate)
+        for step, batch in zip(range(1, steps + 1), samples, strict=False):
+            loss = self.loss(batch)
+            if loss is None:
+                why = self.cannot or "no gradient"
+                self.note = f"nothing of the outputs can be compared ({why})"
+                yield step, math.nan
+                return
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                self.note = f"the loss was {value} at step {step}; it ended there"
+                yield step, value
+                return
+            for group, size in zip(optimizer.param_groups, sizes, strict=True):
+                group["lr"] = rate * _share(step, steps) * max(size, least)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+            optimizer.step()
+            self.shown.update(self.task, advance=1, note=f"loss {value:.4f}, rate {rate:g}")
+            yield step, value
+
+    def _state(self) -> dict[str, Tensor]:
+        return {k: t.clone() for k, t in self.module.state_dict().items()}
 
     def _put_back(self) -> None:
         with torch.no_grad():

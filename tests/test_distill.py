@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.cut import cut
-from fxprune.distill import Distillation, distill
+from fxprune.distill import RATES, Distillation, distill
 from fxprune.errors import ModelError, SpecError
 from fxprune.fitness import KLFitness
 from fxprune.imitate import Target, points, tapped
@@ -190,6 +190,52 @@ def test_it_draws_the_outputs_nearer_and_says_what_it_did() -> None:
     assert torch.equal(now.running_var, norm.running_var)
     assert not torch.equal(now.weight, norm.weight)
     assert not module.training and not traced.graph_module.training
+
+
+def test_a_step_moves_each_tensor_by_a_share_of_its_own_size() -> None:
+    traced, plan, module, data = setting()
+    with torch.no_grad():
+        module.get_submodule("one.a").bias.zero_()
+    before = {k: p.detach().clone() for k, p in module.named_parameters()}
+    values = iter((2.0, 1.0))
+    options = Distillation(steps=1, lr=0.01, checks=1)
+    report = distill(traced, plan, module, data[:2], lambda _: next(values), options)
+    assert report.best_step == 1 and report.lr == 0.01 and not report.trials
+    sizes = {k: float(p.double().square().mean().sqrt()) for k, p in before.items()}
+    least = 0.01 * sorted(sizes.values())[len(sizes) // 2]
+    for name, p in module.named_parameters():
+        moved = (p.detach() - before[name]).abs()
+        # Adam's first step is one rate for each number that has a gradient.
+        assert float(moved.max()) == pytest.approx(0.01 * max(sizes[name], least), rel=2e-3), name
+
+
+def test_the_rate_is_what_short_runs_say() -> None:
+    traced, plan, module, data = setting()
+    fitness = KLFitness(traced, None, data[4:])
+    report = distill(traced, plan, module, data[:4], fitness.of, Distillation(steps=40))
+    assert set(report.trials) == set(RATES) and report.curve[0] == (0, report.before)
+    assert report.trials[report.lr] == min(report.trials.values()) < report.before
+    traced, plan, again, data = setting()
+    given = Distillation(steps=40, lr=report.lr)
+    assert distill(traced, plan, again, data[:4], fitness.of, given).curve == report.curve
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in module.state_dict().items())
+    told = report.to_dict()
+    assert told["lr"] == report.lr and told["trials"][f"{report.lr:g}"] == report.trials[report.lr]
+
+
+def test_a_rate_that_tears_the_model_is_given_up() -> None:
+    traced, plan, module, data = setting()
+    seen: list[int] = []
+
+    def measure(_: Any) -> float:
+        seen.append(1)
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxprune.distill.RATES", (30.0, 1e-3))
+        report = distill(traced, plan, module, data[:4], measure, Distillation(steps=40, checks=1))
+    assert report.trials == {30.0: float("inf"), 1e-3: 1.0} and report.lr == 1e-3
+    assert len(seen) == 3  # before, one trial, the end
 
 
 def test_one_seed_one_result() -> None:

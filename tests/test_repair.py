@@ -15,6 +15,7 @@ from fxprune.cut import cut
 from fxprune.errors import DataError
 from fxprune.moments import Moments
 from fxprune.observe import observe
+from fxprune.renorm import some
 from fxprune.repair import LeastSquares, repair_bn, repair_lstsq, solve
 from fxprune.traced import Traced, trace
 from fxprune.types import ChannelGroup, PrunePlan
@@ -344,3 +345,18 @@ def test_norms_without_a_cut_stay() -> None:
     assert all(torch.allclose(t, model.state_dict()[n]) for n, t in full.state_dict().items())
     with pytest.raises(DataError, match="no sample"):
         repair_bn(traced, PrunePlan({}), full, [])
+
+
+def test_some_samples_are_of_all_batches_and_of_everything_that_goes_by_samples() -> None:
+    x = torch.arange(30.0)
+    batches = [(x[:10, None], x[:10] * 2), x[10:, None]]
+    picked = some(batches, 6)
+    assert [len(b[0]) for b in picked] == [2, 4]
+    assert picked[0][0].flatten().tolist() == [0, 5] and picked[0][1].tolist() == [0, 10]
+    assert picked[1][0].flatten().tolist() == [10, 15, 20, 25]
+    assert sum(len(b[0]) for b in some(batches, 29)) == 29
+    assert some(batches, 30)[1][0] is batches[1] and some(batches, 1)[0][0].tolist() == [[10]]
+    lists = [([x, x],), ([x],), ([x, x],)]  # a detector's images: not to be divided
+    assert some(lists, 4) == lists[:2] and some(lists, 1) == lists[:1]
+    with pytest.raises(DataError, match="no sample"):
+        some([x[:0, None]], 5)
