@@ -111,25 +111,6 @@ def test_the_trace_tells_the_search() -> None:
     assert not any(t["accepted"] for t in trace if t["stage"] in ("whole", "alone"))
 
 
-@pytest.mark.parametrize(("budget", "points"), [(0.5, 2), (0.3, 3)])
-def test_curves_have_a_deeper_point_where_the_budget_is_deep(budget: float, points: int) -> None:
-    fake = chain(np.random.default_rng(1), [128, 96, 160, 80])
-    asked: list[PrunePlan] = []
-    loss = rough(fake, 1)
-
-    def seen(plan: PrunePlan) -> float:
-        asked.append(plan)
-        return loss(plan)
-
-    found = allocate.get("local")(problem(fake, budget, fitness=seen, round_to=4))
-    stages = [t["stage"] for t in found.meta["trace"]]
-    alone = [p for p, stage in zip(asked, stages, strict=True) if stage == "alone"]
-    for g in fake.groups[:4]:
-        kept = [len(p.kept[g.name]) for p in alone if list(p.kept) == [g.name]]
-        assert len(kept) == points and kept == sorted(kept, reverse=True)
-        assert kept[-1] <= (0.6, 0.35)[points - 2] * kept[0]
-
-
 def test_workers_do_not_change_the_result() -> None:
     fake = chain(np.random.default_rng(4), [64, 96, 48, 80, 128])
     loss = rough(fake, 4)
