@@ -25,11 +25,11 @@ from fxprune.types import BoolArray, IntArray
 
 def _moved_slice(r: Rewriter, s: Any, traits: Traits, dim: int) -> Any:
     """A slice along ``dim`` in terms of kept positions; None when it need not change."""
+    kept = r.sizes.positions(traits, dim)
+    if kept.all() or s == slice(None):
+        return None
     start, stop, step = (number(r, v) for v in (s.start, s.stop, s.step))
     taken = np.arange(traits.shape[dim])[slice(start, stop, step)]
-    kept = r.sizes.positions(traits, dim)
-    if kept.all():
-        return None
     moved = (np.cumsum(kept) - 1)[taken[kept[taken]]]
     if len(moved) == 0:
         return slice(0, 0)
@@ -167,3 +167,51 @@ def _narrow(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     made, _ = _moved_index(r, index, source)
     new.op, new.target = "call_function", operator.getitem
     new.args, new.kwargs = (r.env[arguments(old)[0]], made), {}
+
+
+@register("repeat", "tile")
+def _repeat(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """x.repeat(n, 1, 1): how often a dim comes, which sizes that the plan changes may say."""
+    source, result = r.sizes.coupling.values[source_of(old)], r.sizes.old(old)
+    key = next((k for k in ("repeats", "dims") if k in keywords(old)), None)
+    given = keywords(old)[key] if key else arguments(old)[1:]
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = given[0]
+    if isinstance(given, fx.Node) or any(isinstance(number(r, n), (tuple, list)) for n in given):
+        r.keep_numbers(old, new)
+        return
+    ahead = len(result.shape) - len(source.shape)
+    ends = [(1,) * ahead + shape for shape in (source.shape, r.sizes.shape(source))]
+    counts = [
+        [b // max(a, 1) for a, b in zip(end, shape, strict=True)]
+        for end, shape in zip(ends, (result.shape, r.sizes.shape(result)), strict=True)
+    ]
+    made = list(given)
+    for i, n in enumerate(given):
+        before, after = (c[len(result.shape) - len(given) + i] for c in counts)
+        same = before == after or not isinstance(n, fx.Node)
+        made[i] = r.original(n) if same and isinstance(n, fx.Node) else r.scaled(n, after)
+    if key:
+        new.kwargs = {**new.kwargs, key: tuple(made)}
+    else:
+        new.args = (r.env[old.all_input_nodes[0]], tuple(made))
+
+
+@register("repeat_interleave")
+def _interleave(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """``output_size``, where it is given, is a size."""
+    r.keep_numbers(old, new)
+    dim = argument(old, 2, "dim")
+    if "output_size" in keywords(old) and isinstance(dim, int):
+        want = r.sizes.shape(r.sizes.old(old))[dim]
+        given = keywords(old)["output_size"]
+        if want != number(r, given) or isinstance(given, fx.Node):
+            new.kwargs = {**new.kwargs, "output_size": r.scaled(given, want)}
+
+
+@register("view_as_complex")
+def _complex(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """Pairs of numbers must lie at even places, which they do in memory of their own."""
+    with r.graph.inserting_before(new):
+        whole = r.graph.call_method("contiguous", (r.env[old.all_input_nodes[0]],))
+    new.args = (whole,)

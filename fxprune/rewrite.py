@@ -96,6 +96,8 @@ class Rewriter:
         from_tensor = any(_makes_tensors(self.sizes.old(n)) for n in node.all_input_nodes)
         if from_tensor and isinstance(value, tuple):
             return self._original_shape(node)
+        if from_tensor and node.target == "size" and isinstance(value, int):
+            return self._unpruned(node, self.env[node], argument(node, 1, "dim"), value)
         if from_tensor or not node.all_input_nodes:
             return value
         args: Any = fx.node.map_arg(node.args, self.original)
@@ -109,10 +111,23 @@ class Rewriter:
     def _original_shape(self, node: fx.Node) -> Any:
         """A shape whose channel dims are numbers and whose other dims stay free."""
         old, new = self.sizes.old(node), self.sizes.new(node)
-        return tuple(
-            o if o != n else self.graph.call_function(operator.getitem, (self.env[node], i))
-            for i, (o, n) in enumerate(zip(old, new, strict=True))
-        )
+        parts: list[Any] = []
+        for i, (o, n) in enumerate(zip(old, new, strict=True)):
+            now = None
+            if o == n or i == 0:
+                now = self.graph.call_function(operator.getitem, (self.env[node], i))
+            parts.append(now if o == n else self._unpruned(node, now, i, o))
+        return tuple(parts)
+
+    def _unpruned(self, node: fx.Node, now: Any, dim: int, value: int) -> Any:
+        """A size that the plan changes, as it was; samples may be flattened into the first dim."""
+        new = self.sizes.new(node)
+        left = new[dim] if isinstance(new, tuple) else new
+        if dim != 0 or left == 0 or node.all_input_nodes[0].op == "get_attr":
+            return value
+        common = gcd(value, left)
+        more = self.graph.call_function(operator.mul, (now, value // common))
+        return self.graph.call_function(operator.floordiv, (more, left // common))
 
     def scaled(self, arg: Any, want: int) -> Any:
         """``arg`` (a number, or an old node that gives one) so that it gives ``want``.
@@ -337,11 +352,10 @@ def source_of(old: fx.Node) -> str:
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    at = 7 if "transpose" in call_name(old) else 6
-    groups = number(r, argument(old, at, "groups", 1))
+    groups = number(r, argument(old, 6, "groups", 1))
     kept = kept_runs(r.sizes.kept_along(source_of(old), 1), groups)
     if kept != groups:
-        set_argument(new, at, "groups", kept)
+        set_argument(new, 6, "groups", kept)
 
 
 @register("scaled_dot_product_attention")

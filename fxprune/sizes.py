@@ -107,7 +107,10 @@ class Sizes:
 
     def changed(self, node: fx.Node) -> bool:
         """Whether a value without tensors (a size, a shape) differs in the pruned graph."""
-        return not _holds_tensors(self.old(node)) and bool(self.new(node) != self.old(node))
+        old, new = self.old(node), self.new(node)
+        if isinstance(old, np.ndarray):
+            return not np.array_equal(old, new)
+        return not _holds_tensors(old) and bool(new != old)
 
     def _evaluate(self, node: fx.Node) -> Any:
         old = self.old(node)

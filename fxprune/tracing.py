@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_map_only
 
+from fxprune.decisions import other_way_raises, settled_tensor
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, divisible, samples_of
 from fxprune.leaves import is_leaf
@@ -61,6 +63,7 @@ _METHODS = (
     "chunk",
 )  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_OURS = ("torch.fx", "fxprune")  # modules whose frames are not the model's
 _OF_VALUES = ("tensor", "as_tensor", "finfo", "iinfo")  # recorded where a traced value goes in
 
 
@@ -228,6 +231,8 @@ class ConcreteTracer(fx.Tracer):
             return a
         if kind is tuple or kind is list:
             return kind([self.create_arg(v) for v in a])
+        if isinstance(a, np.generic):
+            return a.item()
         if isinstance(a, dict) and is_dataclass(a):
             made = self.create_proxy(
                 "call_function", type(a), (), {str(k): v for k, v in a.items()}
@@ -264,6 +269,11 @@ class ConcreteTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         assert isinstance(obj, Value)
         value = obj.node.meta["value"]
+        if isinstance(value, Tensor) and settled_tensor(obj.node):
+            return bool(value)
+        data = isinstance(value, Tensor) or obj.node.meta.get("data")
+        if data and other_way_raises(_OURS, bool(value)):
+            return bool(value)
         if isinstance(value, Tensor):
             raise TraceError(f"Python control flow on the data of tensor {obj.node.name!r}")
         obj.settled("its truth")
@@ -294,7 +304,8 @@ class ConcreteTracer(fx.Tracer):
         patches: list[tuple[dict[str, Any], str, Any]] = []
         for name in _CREATORS + _OF_VALUES:
             patches += [(vars(torch), name, self._recorded(getattr(torch, name), name))]
-        patches.append((vars(torch), "_assert", self._checked(torch._assert)))
+        for name in ("_assert", *(n for n in vars(torch) if n.startswith("_check"))):
+            patches.append((vars(torch), name, self._checked(getattr(torch, name))))
         for function in self.whole.functions:
             made = self._as_one(function)
             patches += [(space, name, made) for space, name in _homes(function)]
@@ -366,8 +377,9 @@ class ConcreteTracer(fx.Tracer):
     def _checked(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """An assertion is checked once, at the example inputs, and not recorded."""
 
-        def check(condition: Any, message: str = "") -> None:
-            original(condition.value if is_traced(condition) else condition, message)
+        def check(*args: Any, **kwargs: Any) -> Any:
+            values = [a.value if is_traced(a) else a for a in args]
+            return original(*values, **kwargs)
 
         return check
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
+from fxprune.decisions import settled_tensor
+
 # What neither cutting nor other data changes is a plain value for Python.
 _FORM = (
     "ndim", "layout", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "is_meta", "is_nested",
@@ -91,13 +93,15 @@ class Value(fx.Proxy):
 
     def _number(self) -> Any:
         if isinstance(self.value, Tensor):
+            if settled_tensor(self.node):
+                return self.value
             raise TraceError(f"Python reads the data of tensor {self.node.name!r}")
         self.settled("its value")
         return self.value
 
     def settled(self, what: str) -> None:
         """Raise TraceError where a number that Python needs depends on data."""
-        if not self.node.meta.get("data"):
+        if not self.node.meta.get("data") or settled_tensor(self.node):
             return
         value = self.value
         if isinstance(value, dict) or (isinstance(value, (tuple, list)) and not varies(self.node)):
@@ -192,7 +196,9 @@ def seen_as_values() -> Iterator[None]:
     type and must get it, since it would read a proxy's memory as a tensor's. ``len`` of a tensor,
     and ``min`` and ``max`` of numbers that depend on data, are recorded.
     """
-    kept = {name: getattr(builtins, name) for name in ("isinstance", "len", "min", "max")}
+    kept = {
+        name: getattr(builtins, name) for name in ("isinstance", "len", "min", "max", "callable")
+    }
     is_instance: Callable[[Any, Any], bool] = kept["isinstance"]
 
     def seen(obj: Any, kinds: Any, /) -> bool:
@@ -204,6 +210,10 @@ def seen_as_values() -> Iterator[None]:
         if type(obj) in (Value, Attribute) and is_instance(obj.value, Tensor):
             return obj.tracer.create_proxy("call_function", kept["len"], (obj,), {})
         return kept["len"](obj)
+
+    def calls(obj: Any, /) -> bool:
+        traced = type(obj) in (Value, Attribute)
+        return bool(kept["callable"](obj.value if traced else obj))
 
     def extreme(name: str) -> Callable[..., Any]:
         original = kept[name]
@@ -217,7 +227,8 @@ def seen_as_values() -> Iterator[None]:
 
         return choose
 
-    patches = {"isinstance": seen, "len": length, "min": extreme("min"), "max": extreme("max")}
+    patches = {"isinstance": seen, "len": length, "callable": calls}
+    patches |= {name: extreme(name) for name in ("min", "max")}
     for name, patch in patches.items():
         setattr(builtins, name, patch)
     try:

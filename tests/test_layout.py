@@ -19,7 +19,7 @@ ORDER = [
     *("errors", "isolate", "progress", "tables", "types", "inputs", "trees", "products"),
     *("copies", "attention", "leaves", "record", "assembly"),
     # the engine
-    *("values", "whole", "tracing", "rephrase", "parametrized", "capture"),
+    *("decisions", "values", "whole", "tracing", "rephrase", "parametrized", "capture"),
     *(
         "coupling",
         "lifetimes",

@@ -25,11 +25,26 @@ def _spatial(count: int) -> Rule:
             if other.shape == x.shape:  # the positions of maxima
                 fields = labels.combine([*fields, *labels.of(other)])
             else:
-                labels.lock_all([other], "where an image is sampled")
+                fields = _where_sampled(labels, x, other, fields)
         for t in out if isinstance(out, (tuple, list)) else [out]:
             labels.put(t, fields)
 
     return rule
+
+
+def _where_sampled(labels: Labels, x: Tensor, grid: Tensor, fields: Fields) -> Fields:
+    """Images x [N, C, *] meet the places [N, ...] at which they are sampled in N alone."""
+    given: Fields = []
+    for f in labels.of(grid):
+        if varying(f) == {0}:
+            given.append(f.reshape([-1] + [1] * (x.dim() - 1)))
+        else:
+            labels.lock(f, "where an image is sampled")
+    shape = [grid.shape[0]] + [1] * (x.dim() - 1)
+    own = [1 if d else s for d, s in enumerate(x.shape)]
+    return labels.combine(
+        unfixed(labels, [own, shape], [fields, given], "sampled at places that are fixed")
+    )
 
 
 for _n in (1, 2, 3):

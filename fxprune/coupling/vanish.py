@@ -9,7 +9,7 @@ with its weight and bias; relu keeps it, sigmoid does not.
 
 A norm of each head with one weight for all heads is zero in the columns that are removed, and not
 in the heads that are: such a tensor is *zeroed* by the weight's labels. A sum over columns asks no
-more than that.
+more than that. So is a layer of labelled tokens by its outputs, since a bias is no token's.
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ def covers(labels: Labels, t: Tensor, f: IntArray, dim: int) -> bool:
     if labels.vanishes(t):
         return True
     by = labels.zeroed(t)
-    if by is None or len(by) != f.shape[dim]:
+    if by is None:
+        return False
+    if bool(np.isin(f, by).all()):
+        return True
+    if len(by) != f.shape[dim]:
         return False
     return bool(np.isin(f, labels.children(by)).all())
 
@@ -103,19 +107,38 @@ def _zeroed_by(
         if isinstance(bias, Tensor) and not labels.vanishes(bias):
             return None
         return np.concatenate([f.ravel() for f in labels.of(weight)]) if labels.of(weight) else None
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        known = _of_product(labels, args, out)
+        own = [f.ravel() for f in labels.of(out) if varying(f) in known]
+        return np.concatenate(own) if own else None
     if name in _KEEPING or name in ("div", "expand"):
         return labels.zeroed(args[0]) if args and isinstance(args[0], Tensor) else None
     if name == "mul":
         found = (labels.zeroed(t) for t in args[:2] if isinstance(t, Tensor))
         return next((by for by in found if by is not None), None)
     if name in ("add", "sub", "cat"):
-        return _zeroed_by_all(labels, args[0] if name == "cat" else args[:2])
+        return _zeroed_by_all(labels, args[0] if name == "cat" else args[:2], out)
     return None
 
 
-def _zeroed_by_all(labels: Labels, parts: Sequence[Any]) -> IntArray | None:
+def _zero_along(labels: Labels, t: Tensor, dims: frozenset[int], ndim: int) -> bool:
+    mine = [g for g in labels.of(t) if varying(align(g, ndim)) == dims]
+    by = labels.zeroed(t)
+    known = by is not None and any(bool(np.isin(g, by).all()) for g in mine)
+    return bool(mine) and (labels.vanishes(t) or known)
+
+
+def _zeroed_by_all(labels: Labels, parts: Sequence[Any], out: Tensor) -> IntArray | None:
+    """Of a sum: by the labels of a field along which every part is zero, or by coarser ones."""
     if not all(isinstance(t, Tensor) for t in parts):
         return None
+    own = [
+        f.ravel()
+        for f in labels.of(out)
+        if all(_zero_along(labels, t, varying(f), out.dim()) for t in parts)
+    ]
+    if own:
+        return np.concatenate(own)
     found = [labels.zeroed(t) for t in parts if not labels.vanishes(t)]
     if not found or any(by is None for by in found):
         return None
@@ -283,12 +306,16 @@ def _sampled(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: T
 
 def _matmul(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
     """mm, bmm [*, M, K] @ [*, K, N]; addmm, baddbmm with a bias before them."""
+    return _wanted(labels, out) <= _of_product(labels, args, out)
+
+
+def _of_product(labels: Labels, args: Sequence[Any], out: Tensor) -> Dims:
+    """The varying dims of the fields by which a matrix product, with its bias, is zero."""
     bias = None if len(args) == 2 else args[0]
     x, y = args[-2:]
     n = out.dim()
     found = _contracted(labels, x, n - 1, n) | _contracted(labels, y, n - 2, n)
-    ok = _wanted(labels, out) <= found
-    return ok and (bias is None or _wanted(labels, out) <= _fields(labels, bias, n))
+    return found if bias is None else found & _fields(labels, bias, n)
 
 
 def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
