@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import numpy as np
 import torch
-from nets import EPOCHS, NETS, accuracy, images_of, trained
+from nets import EPOCHS, NETS, accuracy, images_of, train, trained
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -41,6 +42,7 @@ from fxprune.allocate.chance import random_state
 from fxprune.allocate.space import space_of
 from fxprune.cut import cut
 from fxprune.fitness import FinalFitness, KLFitness, ReplayFitness
+from fxprune.latency import Bench, LatencyModel, Target, fast_counts, latency_model
 from fxprune.observe import observe
 from fxprune.repair import LeastSquares, repair_bn
 from fxprune.replay import MAX_SAMPLES, Replay
@@ -61,6 +63,7 @@ Cell = dict[str, Any]
 class Setting:
     """One net, ready to be pruned. test: images and labels."""
 
+    name: str
     net: torch.nn.Module
     traced: Traced
     seen: list[tuple[Tensor, ...]]
@@ -69,9 +72,16 @@ class Setting:
     once: LeastSquares
     test: tuple[Tensor, Tensor]
 
-    def problem(self, budget: float, **options: Any) -> AllocationProblem:
+    def problem(self, budget: float | str, **options: Any) -> AllocationProblem:
+        """A share of the MACs, or of the latency in onnxruntime: "latency 0.6"."""
+        if isinstance(budget, str):
+            model = timed_model(self.name)
+            bound = Budget(latency=float(budget.split()[1]))
+            options |= {"latency": model, "round_to": fast_counts(model, self.traced.groups)}
+        else:
+            bound = Budget(macs=budget)
         options = {"round_to": 1} | options
-        return AllocationProblem(self.traced, self.scores, Budget(macs=budget), **options)
+        return AllocationProblem(self.traced, self.scores, bound, **options)
 
     def final(self, plan: PrunePlan) -> tuple[float, float]:
         """(divergence on held-out samples, accuracy) after the final repair."""
@@ -94,13 +104,18 @@ def setting(name: str) -> Setting:
     scores = criterion(traced, statistics, np.random.default_rng(0))
     once = LeastSquares(traced, statistics)
     test = tuple(t[:TEST] for t in images_of("fashion-mnist", False))
-    return Setting(net, traced, seen, held_out, dict(scores), once, test)
+    return Setting(name, net, traced, seen, held_out, dict(scores), once, test)
+
+
+@functools.cache
+def timed_model(name: str) -> LatencyModel:
+    return latency_model(setting(name).traced, Target("onnxruntime-cpu", 1))
 
 
 # --- cells ------------------------------------------------------------------------------------
 
 
-def strategy(net: str, budget: float, name: str, seed: int, evaluations: int) -> Cell:
+def strategy(net: str, budget: float | str, name: str, seed: int, evaluations: int) -> Cell:
     """One search, and the accuracy of its plan after the final repair, without fine-tuning."""
     s = setting(net)
     kind, _, inside = name.partition(", ")
@@ -133,7 +148,30 @@ def strategy(net: str, budget: float, name: str, seed: int, evaluations: int) ->
         "finalists": plan.meta.get("finalists", []),
         "start": plan.meta.get("start", ""),
         "macs": s.traced.cost(plan).macs / s.traced.cost().macs,
+        "kept": {k: list(v) for k, v in plan.kept.items()},
+        **(faster(s, plan) if isinstance(budget, str) else {}),
     }
+
+
+def faster(s: Setting, plan: PrunePlan) -> Cell:
+    """Measured side by side, one sample, one thread."""
+    with Bench(Target("onnxruntime-cpu", 1), (s.test[0][:1],)) as bench:
+        whole, small = bench.measure([s.traced.graph_module, cut(s.traced, plan)], seconds=1.0)
+    return {"before, ms": whole.ms, "after, ms": small.ms}
+
+
+def tuned(net: str, kept: dict[str, list[int]]) -> Cell:
+    """Accuracy after the final repair of a plan and one epoch of training with labels."""
+    s = setting(net)
+    plan = s.traced.plan(kept)
+    module = cut(s.traced, plan)
+    measure = KLFitness(s.traced, None, s.held_out).of
+    best_form(s.traced, plan, module, s.once, s.seen, measure, s.held_out)
+    before = accuracy(module, *s.test)
+    x, y = images_of("fashion-mnist", True)
+    torch.manual_seed(0)
+    train(module, x, y, 1, flip=True, rate=0.02)
+    return {"before": before, "accuracy": accuracy(module, *s.test)}
 
 
 def best_so_far(trace_: list[dict[str, Any]]) -> list[float | None]:
@@ -264,25 +302,36 @@ def kill(number: int) -> Cell:
 # --- the run ----------------------------------------------------------------------------------
 
 
-def cells(o: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Cell]]]:
-    """(key, work), the cheap ones first."""
-    if "kill" in o.cells:
-        for i in range(KILLS):
+def cells(
+    o: argparse.Namespace, known: dict[str, Cell]
+) -> Iterator[tuple[str, Callable[[], Cell]]]:
+    """(key, work), the cells asked for in their order."""
+    for kind in o.cells:
+        for net in o.nets if kind == "speed" else ():
+            yield f"speed/{net}", functools.partial(speed, net)
+        for i in range(KILLS) if kind == "kill" else ():
             yield f"kill/{i}", functools.partial(kill, i)
-    for net in o.nets if "speed" in o.cells else ():
-        yield f"speed/{net}", functools.partial(speed, net)
-    if "strategies" in o.cells:
-        for name in o.strategies:
-            for budget in o.budgets:
-                for net in o.nets:
-                    run = functools.partial(strategy, net, budget, name, o.seed, o.evaluations)
-                    yield f"strategy/{net}/{budget:g}/{name}/{o.seed}/{o.evaluations}", run
-    if "correlations" in o.cells:
-        for i in range(ALLOCATIONS):
-            for budget in o.budgets:
-                for net in o.nets:
-                    run = functools.partial(correlation, net, budget, i)
-                    yield f"correlation/{net}/{budget:g}/{i}", run
+        for budget in o.budgets:
+            for net in o.nets:
+                yield from _cells(o, kind, net, budget, known)
+
+
+def _cells(
+    o: argparse.Namespace, kind: str, net: str, budget: float | str, known: dict[str, Cell]
+) -> Iterator[tuple[str, Callable[[], Cell]]]:
+    for i in range(ALLOCATIONS) if kind == "correlations" else ():
+        if isinstance(budget, float):
+            run = functools.partial(correlation, net, budget, i)
+            yield f"correlation/{net}/{budget:g}/{i}", run
+    for name in o.strategies if kind in ("strategies", "tune") else ():
+        for seed in o.seeds if name == "local" else o.seeds[:1]:
+            key = f"{net}/{budget}/{name}/{seed}/{o.evaluations}"
+            if kind == "strategies":
+                run = functools.partial(strategy, net, budget, name, seed, o.evaluations)
+                yield f"strategy/{key}", run
+            elif f"strategy/{key}" in known:
+                run = functools.partial(tuned, net, known[f"strategy/{key}"]["kept"])
+                yield f"tune/{key}", run
 
 
 def tables(known: dict[str, Cell]) -> str:
@@ -290,16 +339,13 @@ def tables(known: dict[str, Cell]) -> str:
     parts = {k: tuple(k.split("/")) for k in known}
     heads = sorted({p[1:3] for p in parts.values() if p[0] == "strategy"})
     for net, budget in heads:
-        lines += [f"### {net} at {float(budget):.0%} of the MACs", ""]
-        lines += ["| allocation | accuracy | KL | evaluations | CPU seconds | best start |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += [f"### {net} at {in_words(budget)}", ""]
+        lines += ["| allocation | seed | accuracy | after 1 epoch | KL | MACs | times faster |"
+                  " evaluations | CPU seconds | best start |"]  # fmt: skip
+        lines += ["|---" * 10 + "|"]
         for key, p in parts.items():
             if p[:3] == ("strategy", net, budget):
-                c = known[key]
-                lines.append(
-                    f"| {p[3]} | {c['accuracy']:.2f} | {c['KL']:.4f} | {c['evaluations']} | "
-                    f"{c['CPU seconds']:.0f} | {c['start'] or '-'} |"
-                )
+                lines.append(row(p, known[key], known.get("/".join(("tune", *p[1:])))))
         lines.append("")
     lines += correlation_table(known) + speed_table(known)
     kills = [c for k, c in known.items() if k.startswith("kill/")]
@@ -313,6 +359,20 @@ def tables(known: dict[str, Cell]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def in_words(budget: str) -> str:
+    kind, _, share = budget.rpartition(" ")
+    return f"{float(share):.0%} of the {kind or 'MACs'}"
+
+
+def row(p: tuple[str, ...], c: Cell, after: Cell | None) -> str:
+    faster = f"{c['before, ms'] / c['after, ms']:.2f}" if "after, ms" in c else "-"
+    epoch = f"{after['accuracy']:.2f}" if after else "-"
+    return (
+        f"| {p[3]} | {p[4]} | {c['accuracy']:.2f} | {epoch} | {c['KL']:.4f} | {c['macs']:.0%} | "
+        f"{faster} | {c['evaluations']} | {c['CPU seconds']:.0f} | {c['start'] or '-'} |"
+    )
 
 
 def correlation_table(known: dict[str, Cell]) -> list[str]:
@@ -346,15 +406,33 @@ def speed_table(known: dict[str, Cell]) -> list[str]:
     return [*lines, ""]
 
 
+def share(text: str) -> float | str:
+    return text if text.startswith("latency ") else float(text)
+
+
+@functools.cache
+def code() -> str:
+    """The commit that a cell was measured with, where there is one."""
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    every = ("kill", "speed", "strategies", "correlations")
+    every = ("speed", "strategies", "tune", "correlations", "kill")
     parser.add_argument("--cells", nargs="+", choices=every, default=every)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "vgg"])
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument(
+        "--budgets", nargs="+", type=share, default=[0.3, 0.5, "latency 0.6"],
+        help='shares of the MACs, or "latency 0.6"',
+    )  # fmt: skip
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--evaluations", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of `local`")
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/fxprune/search"))
     parser.add_argument("--markdown", help="write the tables of all results to this file")
     o = parser.parse_args()
@@ -363,12 +441,14 @@ def main() -> int:
     file = Path(o.cache) / "results.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     known: dict[str, Cell] = json.loads(file.read_text()) if file.exists() else {}
-    for key, work in cells(o):
+    for key, work in cells(o, known):
         if key not in known:
-            known[key] = work()
+            known[key] = work() | {"code": code()}
             file.write_text(json.dumps(known, indent=1))
             short = {
-                k: v for k, v in known[key].items() if k not in ("curve", "stages", "finalists")
+                k: v
+                for k, v in known[key].items()
+                if k not in ("curve", "stages", "finalists", "kept")
             }
             print(f"{key}: {short}", flush=True)
     text = tables(known)
