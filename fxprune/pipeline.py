@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _pruned(
     if isinstance(mend, LeastSquares):
         finals = FinalFitness(traced, mend, seen, held_out, measure)
     problem = replace(_problem(traced, scores, o, keeper), finals=finals)
-    plan = _allocated(problem, recipe, traced, mend, o)
+    plan = _allocated(problem, recipe, traced, mend, o, keeper)
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
@@ -219,15 +220,28 @@ def _problem(
 
 
 def _allocated(
-    problem: AllocationProblem, recipe: Recipe, traced: Traced, mend: Repair | None, o: _Options
+    problem: AllocationProblem,
+    recipe: Recipe,
+    traced: Traced,
+    mend: Repair | None,
+    o: _Options,
+    keeper: Keeper | None,
 ) -> PrunePlan:
-    """The allocator's plan; candidates are evaluated here or by workers."""
+    """The allocator's plan; candidates are evaluated here or by workers.
+
+    Where the budget bounds the latency, that of the cut model is measured.
+    """
     once = mend if isinstance(mend, LeastSquares) else None
     probe = allocate.get("uniform")(problem)
     with Shipped(recipe, traced, once, probe) as shipped, local_workers(o.workers) as pool:
-        identity = shipped.identity() if o.journal else ""
-        executor = o.executor or pool
-        plan = o.allocation(replace(problem, fitness=shipped, executor=executor, identity=identity))
+        problem = replace(
+            problem,
+            fitness=shipped,
+            executor=o.executor or pool,
+            identity=shipped.identity() if o.journal else "",
+        )
+        within = o.allocation if keeper is None else partial(keeper.within, allocate=o.allocation)
+        plan = within(problem)
         if plan.meta.get("evaluations"):
             plan = replace(plan, meta={**plan.meta, "repair inside": shipped.form})
         return plan

@@ -94,6 +94,9 @@ def latency_text(found: Mapping[str, Any]) -> str:
         f"{before:.3f} ms before, {after:.3f} ms after ({before / after:.2f} times faster; "
         f"{found['predicted_ms']:.3f} ms predicted; medians of {found['runs']} runs)"
     )
+    again = len(found.get("tried_ms", ())) - 1
+    if again > 0:
+        text += f"; {again} plan(s) before it were measured above the limit and made smaller"
     if not found.get("holds", True):
         text += f"; the measured time is above the limit of {found['limit_ms']:.3f} ms"
     return text
