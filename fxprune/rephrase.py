@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune import norms
 from fxprune.values import named
 
 
@@ -21,6 +22,7 @@ def rephrase(graph: fx.Graph) -> bool:
         _repeated_heads(graph, node)
         _repeated_once(graph, node)
         _form_alone(graph, node)
+        norms.by_hand(graph, node)
     return list(graph.nodes) != nodes
 
 

@@ -217,3 +217,59 @@ class Images(nn.Module):
         y = F.grid_sample(y, self.g(y).permute(0, 2, 3, 1).tanh(), align_corners=False)
         y, at = F.max_pool2d(self.b(y), 2, return_indices=True)
         return self.c(F.max_unpool2d(y, at, 2))
+
+
+class HandNorm(nn.Module):
+    """A layer norm over ``dim`` as written by hand, in one of four spellings."""
+
+    def __init__(self, c: int, dim: int, spelling: str) -> None:
+        super().__init__()
+        shape = [c] + [1] * (2 if dim == 1 else 0)
+        self.weight, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.dim, self.spelling = dim, spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x.mean(self.dim, keepdim=True)
+        if self.spelling == "sqrt":
+            y = (x - u) / torch.sqrt((x - u).pow(2).mean(self.dim, keepdim=True) + 1e-6)
+        elif self.spelling == "rsqrt":
+            y = (x - u) * torch.rsqrt(((x - u) ** 2).mean(self.dim, keepdim=True) + 1e-6)
+        elif self.spelling == "power":
+            y = (x - u) / (x.var(self.dim, unbiased=False, keepdim=True) + 1e-6) ** 0.5
+        else:  # not a layer norm: the deviation of a sample
+            y = (x - u) / torch.sqrt(x.var(self.dim, keepdim=True) + 1e-6)
+        return self.weight * y + self.bias
+
+
+NORMED = "a.weight:0 n.weight:0 b.weight:1"
+
+
+@case(NORMED, inputs=((2, 3, 8, 8),), spelling="sqrt")
+@case(NORMED, inputs=((2, 3, 8, 8),), spelling="rsqrt")
+@case(NORMED, inputs=((2, 3, 8, 8),), spelling="power")
+@case("", locked="a.weight:0 b.weight:1", inputs=((2, 3, 8, 8),), spelling="sample")
+class HandWrittenNorm(nn.Module):
+    """As ConvNeXt normalises channels that come first."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.n = HandNorm(8, 1, spelling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.n(self.a(x)))
+
+
+@case("a.weight:0 m.weight:0 m.weight:1 n.weight:0 b.weight:1", inputs=TOKENS)
+class HandWrittenTokens(nn.Module):
+    """The norm of a residual stream, channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.m, self.b = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+        self.n = HandNorm(12, -1, "sqrt")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y + self.m(self.n(y)).relu()
+        return self.b(self.n(y))

@@ -19,7 +19,7 @@ ORDER = [
     *("errors", "isolate", "progress", "tables", "types", "inputs", "trees", "products"),
     *("copies", "attention", "leaves", "record", "assembly"),
     # the engine
-    *("decisions", "values", "whole", "tracing", "rephrase", "parametrized", "capture"),
+    *("decisions", "values", "whole", "tracing", "norms", "rephrase", "parametrized", "capture"),
     *(
         "coupling",
         "lifetimes",
