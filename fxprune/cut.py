@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
-from fxprune.assembly import assembled, targets
+from fxprune.assembly import assembled, attributes, targets
 from fxprune.copies import copied, twin
 from fxprune.inputs import longer
 from fxprune.isolate import uncompiled
@@ -63,8 +63,12 @@ def cut(
 
 def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
     """Parameters and buffers that forward does not use stay in the state dict, as they are."""
-    used = {name for name, _ in source.named_parameters(remove_duplicate=False)}
-    used |= {name for name, _ in source.named_buffers(remove_duplicate=False)}
+    used = {
+        f"{path}.{atom}" if path else atom
+        for path, module in source.named_modules(remove_duplicate=False)
+        for own in (module._parameters, module._buffers)
+        for atom in own
+    }
     for path, module in base.named_modules():
         own = [*module._parameters.items(), *module._buffers.items()]
         for atom, t in own:
@@ -116,11 +120,12 @@ def _modules(
         if node.op == "call_module" and node.args and isinstance(node.args[0], fx.Node):
             inputs.setdefault(str(node.target), node.args[0].name)
     made: dict[int, nn.Module] = {}
-    modules = {}
+    modules: dict[str, nn.Module] = {}
+    known = dict(source.named_modules(remove_duplicate=False))
     for node in source.graph.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" and node.target not in modules:
             path = str(node.target)
-            old = source.get_submodule(path)
+            old = known[path]
             if id(old) not in made:
                 made[id(old)] = copy_module(old, tensors)
                 if isinstance(old, ParametrizationList):
@@ -163,21 +168,10 @@ def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
 def _attributes(
     source: fx.GraphModule, tensors: dict[int, Tensor], modules: dict[str, nn.Module]
 ) -> dict[str, Any]:
-    """Everything the new graph module holds, by qualified name."""
-    held: dict[str, Any] = dict(modules)
-    inside = tuple(f"{path}." for path in modules)
-    for name, t in list(source.named_parameters(remove_duplicate=False)) + list(
-        source.named_buffers(remove_duplicate=False)
-    ):
-        if not name.startswith(inside):
-            held[name] = tensors[id(t)]
-    for node in source.graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in held:
-            value: Any = source
-            for atom in str(node.target).split("."):
-                value = getattr(value, atom)
-            held[str(node.target)] = tensors.get(id(value), value)
-    return held
+    """Everything that the new graph uses, by qualified name."""
+    names = [n for n in targets(source.graph) if n not in modules]
+    held = {name: tensors.get(id(v), v) for name, v in attributes(source, names).items()}
+    return held | modules
 
 
 def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn.Module | None:

@@ -118,7 +118,7 @@ class _Solver:
     def cls_first(self) -> IntArray:
         """[classes] the first label of each class."""
         first = np.full(self.n, self.count, dtype=np.int64)
-        np.minimum.at(first, self.cls, np.arange(len(self.cls)))
+        first[self.cls[::-1]] = np.arange(len(self.cls) - 1, -1, -1)  # the last to write is it
         return first
 
     def unite(self, a: IntArray, b: IntArray) -> None:
