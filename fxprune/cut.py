@@ -67,7 +67,7 @@ def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
         f"{path}.{atom}" if path else atom
         for path, module in source.named_modules(remove_duplicate=False)
         for own in (module._parameters, module._buffers)
-        for atom in own
+        for atom, _ in own.items()
     }
     for path, module in base.named_modules():
         own = [*module._parameters.items(), *module._buffers.items()]

@@ -7,9 +7,9 @@ of a consumer, P plans, G groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from fxprune.errors import PlanError
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+T = TypeVar("T")
 Rounding: TypeAlias = Mapping[str, IntArray]
 
 
@@ -36,6 +37,41 @@ class Parts(Sequence[IntArray]):
             return tuple(self[j] for j in range(*i.indices(len(self))))
         at = range(len(self))[i]
         return self._flat[self._ends[at] : self._ends[at + 1]]
+
+
+class Placed(Sequence[T]):
+    """Members or uses of one group, each made when it is first asked for.
+
+    A network in which every layer reads all before it has as many as layers squared. Number i is
+    ``kind(*keys[slots[i]], index)`` with the positions ``flat[spans[i, 0]:spans[i, 1]]`` as
+    ``index`` of ``counts[i]`` rows.
+    """
+
+    def __init__(
+        self,
+        kind: Callable[..., T],
+        keys: Sequence[tuple[Any, ...]],
+        flat: IntArray,
+        slots: IntArray,
+        spans: IntArray,
+        counts: IntArray,
+    ) -> None:
+        self._kind, self._keys, self._flat = kind, keys, flat
+        self.slots, self._spans, self._counts = slots, spans, counts
+        self._made: list[T | None] = [None] * len(slots)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        made = self._made[i]
+        if made is None:
+            start, stop = self._spans[i].tolist()
+            index = self._flat[start:stop].reshape(self._counts[i], -1)
+            made = self._made[i] = self._kind(*self._keys[self.slots[i]], index)
+        return made
 
 
 @dataclass(frozen=True)
@@ -101,8 +137,8 @@ class ChannelGroup:
     name: str
     n: int
     rows: int
-    members: tuple[Member, ...]
-    uses: tuple[Use, ...]
+    members: Sequence[Member]
+    uses: Sequence[Use]
     nodes: tuple[str, ...]
     classes: Sequence[IntArray]
     locked: str | None = None

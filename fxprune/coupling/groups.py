@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from fxprune.coupling.labels import Contraction
 from fxprune.coupling.run import Run, Traits, label_run
 from fxprune.coupling.solve import Solution, signatures, solve
 from fxprune.coupling.verify import Claims, Governing, checked
-from fxprune.types import ChannelGroup, Consumer, IntArray, Member, Parts, Use
+from fxprune.types import BoolArray, ChannelGroup, Consumer, IntArray, Member, Parts, Placed, T, Use
 
 KERNEL = "kernel position"
 
@@ -83,7 +83,6 @@ class _Builder:
         self.gm, self.run, self.s, self.slots = gm, run, solution, slots
         self.n = solution.n
         self.reason, self.reasons = self._reasons()
-        self.known: dict[bytes, list[tuple[int, IntArray]]] = {}  # most dims repeat another's
         self.at: dict[bytes, set[int]] = {}
 
     # -- locks --------------------------------------------------------------------------------
@@ -251,20 +250,17 @@ class _Builder:
         params: dict[tuple[str, int], IntArray],
         consumers: tuple[Consumer, ...],
     ) -> tuple[ChannelGroup, ...]:
-        members: list[list[Member]] = [[] for _ in drafts]
-        uses: list[list[Use]] = [[] for _ in drafts]
-        for (name, dim), classes in params.items():
-            for g, index in self._positions(classes):
-                members[g].append(Member(name, dim, index))
-        for c in consumers:
-            for g, index in self._positions(c.classes):
-                uses[g].append(Use(c.key, index))
+        members = self._placed(Member, list(params), list(params.values()), len(drafts))
+        keys = [(c.key,) for c in consumers]
+        uses = self._placed(Use, keys, [c.classes for c in consumers], len(drafts))
+        makes = [d == 0 and len(self.run.parameters[name].shape) > 1 for name, d in params]
+        makers = np.array(makes, dtype=np.bool_)
         by_channel = self._classes(drafts)
         nodes = self._nodes(len(drafts))
         taken: dict[str, int] = defaultdict(int)
         groups = []
         for g, d in enumerate(drafts):
-            name = _name(members[g], d, self.run.parameters)
+            name = _name(members[g], makers, d)
             taken[name] += 1
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
             groups.append(
@@ -272,8 +268,8 @@ class _Builder:
                     name,
                     d.owners.size,
                     d.owners.shape[0],
-                    tuple(members[g]),
-                    tuple(uses[g]),
+                    members[g],
+                    uses[g],
                     nodes[g],
                     by_channel[g],
                     d.locked,
@@ -281,28 +277,43 @@ class _Builder:
             )
         return _with_overlaps(groups, self.governing)
 
-    def _positions(self, classes: IntArray) -> list[tuple[int, IntArray]]:
-        """(group, index [n, k]) for every group with channels among these positions."""
-        key = classes.tobytes()
-        if key not in self.known:
-            self.known[key] = self._found(classes)
-        return self.known[key]
-
-    def _found(self, classes: IntArray) -> list[tuple[int, IntArray]]:
-        found = []
+    def _placed(
+        self,
+        kind: Callable[..., T],
+        keys: Sequence[tuple[Any, ...]],
+        arrays: list[IntArray],
+        n: int,
+    ) -> list[Sequence[T]]:
+        """For each of n groups, where its channels lie among the classes of each array."""
+        result: list[Sequence[T]] = [()] * n
+        if not arrays:
+            return result
+        classes = np.concatenate(arrays)
+        sizes = np.array([len(a) for a in arrays])
+        slot = np.repeat(np.arange(len(arrays)), sizes)
+        position = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         for group, channel in self.governing.values():
-            g = np.where(classes >= 0, group[classes], -1)
-            at = np.flatnonzero(g >= 0)
+            at = np.flatnonzero((classes >= 0) & (group[classes] >= 0))
             if not len(at):
                 continue
-            order = np.lexsort((channel[classes[at]], g[at]))
-            at = at[order]
-            for span in _runs(g[at]):
-                mine = at[span]
-                n = 1 + int(np.count_nonzero(np.diff(channel[classes[mine]])))
-                if len(mine) % n == 0:
-                    found.append((int(g[mine[0]]), mine.reshape(n, -1)))
-        return found
+            c = channel[classes[at]]
+            key = group[classes[at]] * len(arrays) + slot[at]
+            order = np.argsort(key * (c.max() + 1) + c, kind="stable")
+            at, c, key = at[order], c[order], key[order]
+            another = np.diff(key) != 0
+            bounds = np.concatenate([[0], np.flatnonzero(another) + 1, [len(key)]])
+            fresh = np.concatenate([[True], another | (np.diff(c) != 0)])
+            counts = np.add.reduceat(fresh.astype(np.int64), bounds[:-1])
+            even = np.flatnonzero(np.diff(bounds) % counts == 0)
+            owner, slots = np.divmod(key[bounds[even]], len(arrays))
+            spans = np.stack([bounds[even], bounds[even + 1]], 1)
+            ends = np.searchsorted(owner, np.arange(n + 1)).tolist()
+            flat = position[at]
+            for g, (i, j) in enumerate(pairwise(ends)):
+                if j > i:
+                    mine = slots[i:j], spans[i:j], counts[even[i:j]]
+                    result[g] = Placed(kind, keys, flat, *mine)
+        return result
 
     def _classes(self, drafts: list[_Draft]) -> list[Sequence[IntArray]]:
         """For each draft, the classes that each of its channels governs."""
@@ -336,18 +347,20 @@ class _Builder:
         return self.at[key]
 
 
-def _runs(values: IntArray) -> list[slice]:
-    """Runs of equal values."""
-    cuts = (np.flatnonzero(np.diff(values)) + 1).tolist()
-    return [slice(a, b) for a, b in pairwise([0, *cuts, len(values)])]
+def _name(members: Sequence[Member], makers: BoolArray, draft: _Draft) -> str:
+    """After the layer that makes the channels: the first member that is dim 0 of a weight.
 
-
-def _name(members: list[Member], draft: _Draft, parameters: dict[str, Traits]) -> str:
-    """After the layer that makes the channels: the first member that is dim 0 of a weight."""
-    made = [m for m in members if m.dim == 0 and len(parameters[m.param].shape) > 1] or members
-    base = made[0].param.rpartition(".")[0] or made[0].param if made else "free"
-    if not members or (made[0].dim != 0 and made is members):
-        base = f"{base}.in" if members else base
+    makers: which of all dims of parameters are dim 0 of a weight
+    """
+    if not members:
+        base = "free"
+    else:
+        assert isinstance(members, Placed)
+        made = np.flatnonzero(makers[members.slots])
+        first: Member = members[int(made[0]) if len(made) else 0]
+        base = first.param.rpartition(".")[0] or first.param
+        if not len(made) and first.dim != 0:
+            base = f"{base}.in"
     return f"{base}.rows" if draft.by_row else base
 
 

@@ -248,6 +248,12 @@ def _expand(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
     return _by_any(labels, out, args[:1])
 
 
+@functools.lru_cache(maxsize=4096)
+def _around(shape: tuple[int, ...], dim: int) -> frozenset[int]:
+    """The dims other than ``dim`` along which a field varies."""
+    return frozenset(d for d, size in enumerate(shape) if size > 1 and d != dim)
+
+
 def _joined(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
     """cat, stack: parts without labels are fixed along the joined dim."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
@@ -256,7 +262,12 @@ def _joined(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
     for f in labels.of(out):
         across = varying(f) - {dim}
         for t in parts:
-            own = [varying(g) for g in labels.of(t)]
+            fields = labels.of(t)
+            if len(fields) == 1 and not stacked and _around(fields[0].shape, dim) == across:
+                if labels.vanishes(t):
+                    continue
+                return False
+            own = [varying(g) for g in fields]
             if stacked:
                 own = [frozenset(d + (d >= dim) for d in v) for v in own]
             if not own and dim in varying(f):
