@@ -57,12 +57,18 @@ def cut(
     names = sorted(targets(graph), key=lambda path: path.count("."))
     result = assembled(kind, graph, source.__class__.__name__, names, held.__getitem__)
     result.meta[_OWN] = rewriter.computes_more
-    _add_unused(result, source, traced.captured.base)
+    _add_unused(result, source, traced.captured.base, tensors)
     return result
 
 
-def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
-    """Parameters and buffers that forward does not use stay in the state dict, as they are."""
+def _add_unused(
+    result: nn.Module, source: nn.Module, base: nn.Module, tensors: dict[int, Tensor]
+) -> None:
+    """Parameters and buffers that forward does not use stay in the state dict, as they are.
+
+    tensors: id of each one that it does use -> its new tensor, which other names of it share
+    """
+    made = dict(tensors)
     used = {
         f"{path}.{atom}" if path else atom
         for path, module in source.named_modules(remove_duplicate=False)
@@ -79,12 +85,16 @@ def _add_unused(result: nn.Module, source: nn.Module, base: nn.Module) -> None:
                 if not hasattr(holder, part):
                     holder.add_module(part, nn.Module())
                 holder = getattr(holder, part)
-            value = t.detach().clone()
-            if isinstance(t, nn.Parameter):
-                holder.register_parameter(atom, nn.Parameter(value, t.requires_grad))
+            if id(t) not in made:
+                value = t.detach().clone()
+                learned = isinstance(t, nn.Parameter)
+                made[id(t)] = nn.Parameter(value, t.requires_grad) if learned else value
+            new = made[id(t)]
+            if isinstance(new, nn.Parameter):
+                holder.register_parameter(atom, new)
             else:
                 persistent = atom not in module._non_persistent_buffers_set
-                holder.register_buffer(atom, value, persistent=persistent)
+                holder.register_buffer(atom, new, persistent=persistent)
 
 
 def _sliced(source: nn.Module, sizes: Sizes) -> dict[int, Tensor]:

@@ -235,3 +235,24 @@ def test_excluded_modules_stay() -> None:
     assert pruned.t.out_channels < 12 or pruned.w.out_channels < 12
     with pytest.raises(fxprune.FxpruneError, match="exclude"):
         traced.excluding(["nothing.like.it"])
+
+
+def test_another_name_of_a_used_parameter_is_cut_with_it() -> None:
+    class Named(nn.Module):
+        """As models that keep one embedding under several names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.other, self.last = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+            self.other.weight = self.used.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.used(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3).double()
+    traced = trace(randomise(Named().double()), x)
+    plan = random_plan(traced, 0, 0.5)
+    pruned = cut(traced, plan)
+    assert pruned.other.weight is pruned.used.weight and len(pruned.used.weight) == 4
+    assert_right(traced, plan, pruned, [(x,)])
