@@ -1,17 +1,92 @@
-"""nn.MultiheadAttention as an equal module that can be traced and cut.
+"""Multi-head attention in plain tensor operations, which can be traced and cut.
 
 F.multi_head_attention_forward keeps the number of heads and their width as fixed numbers inside one
-composite call, so it cannot lose head dimensions. This module computes the same from the same
-parameters, under the same names, in plain tensor operations.
+composite call, so it cannot lose head dimensions. ``TraceableAttention`` stands for
+nn.MultiheadAttention, with the same parameters under the same names; ``in_operations`` stands for
+the function.
 """
 
 from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SHARED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The weights of one attention: ``inside`` [3E, E] or three of them; biases may be None."""
+
+    heads: int
+    inside: Tensor | tuple[Tensor, Tensor, Tensor]
+    bias: Tensor | None
+    dropout: float
+    batch_first: bool = False
+
+    def weigh(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """([N, L, E] what is attended to, [N, heads, L, S] the weights where they are wanted).
+
+        mask: (additive or boolean mask of scores, of keys), either may be None
+        """
+        q, k, v = self._project(query, key, value)
+        if query.dim() == 2:
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        width = q.shape[-1] // self.heads
+        q = q.unflatten(-1, (self.heads, width)).transpose(1, 2)
+        k = k.unflatten(-1, (self.heads, width)).transpose(1, 2)
+        v = v.unflatten(-1, (self.heads, width)).transpose(1, 2)
+        added = self._mask(mask[0], mask[1], q)
+        if not wanted:
+            out = F.scaled_dot_product_attention(q, k, v, added, self.dropout, scale=width**-0.5)
+            return out.transpose(1, 2).flatten(2), None
+        scores = (q * width**-0.5) @ k.transpose(-2, -1)
+        weights = (scores if added is None else scores + added).softmax(-1)
+        out = F.dropout(weights, self.dropout, self.dropout > 0) @ v
+        return out.transpose(1, 2).flatten(2), weights
+
+    def shaped(
+        self, out: Tensor, weights: Tensor | None, batched: bool, averaged: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What torch's own attention gives."""
+        if weights is not None and averaged:
+            weights = weights.mean(1)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inside, bias = self.inside, self.bias
+        if not isinstance(inside, tuple) and query is key and key is value:
+            q, k, v = F.linear(query, inside, bias).chunk(3, dim=-1)
+            return q, k, v
+        wq, wk, wv = inside if isinstance(inside, tuple) else inside.chunk(3)
+        bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
+        return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+
+    def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """One additive mask that broadcasts against [N, heads, L, S], or None."""
+        total: Tensor | None = None
+        for mask, is_padding in ((attn, False), (padding, True)):
+            if mask is None:
+                continue
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+            if is_padding:
+                mask = mask.unsqueeze(-2).unsqueeze(-2)
+            elif mask.dim() == 3:
+                mask = mask.unflatten(0, (-1, self.heads))
+            total = mask if total is None else total + mask
+        return total
 
 
 class TraceableAttention(nn.Module):
@@ -50,18 +125,6 @@ class TraceableAttention(nn.Module):
             and not module.add_zero_attn
         )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = self.in_proj_bias
-        if self._qkv_same_embed_dim and query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
-            return q, k, v
-        if self._qkv_same_embed_dim:
-            wq, wk, wv = self.in_proj_weight.chunk(3)
-        else:
-            wq, wk, wv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
-        return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
-
     def forward(
         self,
         query: Tensor,
@@ -73,43 +136,35 @@ class TraceableAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
-        if not batched:
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        heads, width = self.num_heads, self.embed_dim // self.num_heads
-        q = q.unflatten(-1, (heads, width)).transpose(1, 2)
-        k = k.unflatten(-1, (heads, width)).transpose(1, 2)
-        v = v.unflatten(-1, (heads, width)).transpose(1, 2)
-        mask = self._mask(attn_mask, key_padding_mask, q)
-        weights: Tensor | None = None
-        if need_weights:
-            scores = (q * width**-0.5) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            out = F.dropout(weights, self.dropout, self.training) @ v
-        else:
-            rate = self.dropout if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, mask, rate, scale=width**-0.5)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+        three = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        core = Attention(
+            self.num_heads, self.in_proj_weight if self._qkv_same_embed_dim else three,
+            self.in_proj_bias, self.dropout if self.training else 0.0, self.batch_first,
+        )  # fmt: skip
+        out, weights = core.weigh(query, key, value, (attn_mask, key_padding_mask), need_weights)
+        return core.shaped(self.out_proj(out), weights, query.dim() == 3, average_attn_weights)
 
-    def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """One additive mask that broadcasts against [N, heads, L, S], or None."""
-        total: Tensor | None = None
-        for mask, is_padding in ((attn, False), (padding, True)):
-            if mask is None:
-                continue
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
-            if is_padding:
-                mask = mask.unsqueeze(-2).unsqueeze(-2)
-            elif mask.dim() == 3:
-                mask = mask.unflatten(0, (-1, self.num_heads))
-            total = mask if total is None else total + mask
-        return total
+
+def in_operations(*args: Any, **kwargs: Any) -> Any:
+    """F.multi_head_attention_forward in plain operations, where nothing is added to the keys."""
+    given = _SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    a = given.arguments
+    added = ("bias_k", "bias_v", "static_k", "static_v")
+    if a["add_zero_attn"] or any(a[name] is not None for name in added):
+        return _TORCHS[0](*args, **kwargs)
+    split = a["use_separate_proj_weight"]
+    three = (a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"])
+    core = Attention(
+        a["num_heads"], three if split else a["in_proj_weight"], a["in_proj_bias"],
+        a["dropout_p"] if a["training"] else 0.0,
+    )  # fmt: skip
+    query = a["query"]
+    masks = a["attn_mask"], a["key_padding_mask"]
+    out, weights = core.weigh(query, a["key"], a["value"], masks, a["need_weights"])
+    out = F.linear(out, a["out_proj_weight"], a["out_proj_bias"])
+    return core.shaped(out, weights, query.dim() == 3, a["average_attn_weights"])
+
+
+_TORCHS = (F.multi_head_attention_forward,)
+_SIGNATURE = inspect.signature(_TORCHS[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,12 @@ def _evaluated(module: M) -> M:
     return module
 
 
+def _unchanged(a: Any, b: Any) -> bool:
+    """Whether two dicts, lists or sets hold the same objects."""
+    x, y = ([*c.keys(), *c.values()] if isinstance(c, dict) else [*c] for c in (a, b))
+    return len(x) == len(y) and all(map(operator.is_, x, y))
+
+
 @contextmanager
 def state_kept(module: nn.Module) -> Iterator[None]:
     """Attributes and buffers that a run replaces, and buffers that it writes to, are put back.
@@ -104,6 +111,8 @@ def state_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for container, content in containers:  # caches that forward fills
+            if _unchanged(container, content):
+                continue  # some do not let themselves be changed
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
         with torch.no_grad():

@@ -161,7 +161,7 @@ def _settle(old: ParametrizationList, new: nn.Module, path: str, sizes: Sizes) -
 def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     """A copy whose parameters and buffers are replaced as ``tensors`` (by id) says."""
     if module._modules:
-        return copy.deepcopy(module, dict(tensors))
+        return copied(module, dict(tensors))
     new = twin(module)
     new._parameters = {}
     for name, p in module._parameters.items():

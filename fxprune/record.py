@@ -106,7 +106,9 @@ class Composites(TorchFunctionMode):
 
 _RMS = aten.rms_norm.default, ("input", "normalized_shape", "weight", "eps"), 3
 _PAD = aten._pad_circular.default, ("input", "pad", "mode"), 2
+_UNPACK = aten._pad_packed_sequence.default, ("data", "batch_sizes"), 2
 _COMPOSITES: dict[Any, tuple[Any, tuple[str, ...], int]] = {
+    torch._VF._pad_packed_sequence: _UNPACK,
     torch.rms_norm: _RMS,
     F.rms_norm: _RMS,
     F.pad: _PAD,

@@ -139,7 +139,7 @@ class Rewriter:
         now = self.sizes.new(arg) if isinstance(arg, fx.Node) else arg
         if now == want or (not isinstance(arg, fx.Node) and arg == -1):
             return self.env[arg] if isinstance(arg, fx.Node) else arg
-        if not isinstance(arg, fx.Node) or now <= 0 or self._fixed(arg):
+        if not isinstance(arg, fx.Node) or not now > 0 or self._fixed(arg):
             return want
         common = gcd(want, int(now))
         value: Any = self.env[arg]
@@ -166,17 +166,16 @@ class Rewriter:
 
     def _prune_sizes(self) -> None:
         """Drop size arithmetic that nothing uses any more."""
-        pure: set[Any] = {
-            getattr,
-            operator.getitem,
-            operator.mul,
-            operator.floordiv,
-            operator.add,
-            operator.sub,
-        }
         for node in reversed(list(self.graph.nodes)):
-            if not node.users and (node.target in pure or node.target == "size"):
+            if not node.users and (_is_arithmetic(node.target) or node.target == "size"):
                 self.graph.erase_node(node)
+
+
+def _is_arithmetic(target: Any) -> bool:
+    """Python's own functions of numbers, none of which writes anything."""
+    if target in (operator.setitem, operator.delitem):
+        return False
+    return getattr(target, "__module__", None) in ("_operator", "math", "builtins")
 
 
 def _makes_tensors(value: Any) -> bool:

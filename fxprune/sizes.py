@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,8 @@ class Sizes:
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             if node.op == "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (ArithmeticError, ValueError):
+            return math.nan  # a head of no width, to the power of -0.5: the old number will stay
         except Exception as error:
             raise InternalError(f"size arithmetic of node {node.name} failed: {error}") from error
         return old

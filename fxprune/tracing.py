@@ -26,6 +26,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_map_only
 
+from fxprune.attention import in_operations
 from fxprune.decisions import other_way_raises, settled_tensor
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, divisible, samples_of
@@ -192,8 +193,10 @@ class ConcreteTracer(fx.Tracer):
         return (given["query"], given["key"], given["value"], *args[3:]), rest
 
     def _value_of(self, node: fx.Node) -> Any:
-        if "value" not in node.meta:  # a tensor that became an attribute of the root
-            node.meta["value"] = _attribute(self.root, str(node.target))
+        if "value" not in node.meta:  # a tensor that became an attribute of the root, a named tuple
+            alone = node.op == "get_attr"
+            made = _attribute(self.root, str(node.target)) if alone else self._run(node)
+            node.meta["value"] = made
         return node.meta["value"]
 
     def _run(self, node: fx.Node) -> Any:
@@ -306,6 +309,7 @@ class ConcreteTracer(fx.Tracer):
             patches += [(vars(torch), name, self._recorded(getattr(torch, name), name))]
         for name in ("_assert", *(n for n in vars(torch) if n.startswith("_check"))):
             patches.append((vars(torch), name, self._checked(getattr(torch, name))))
+        patches.append((vars(F), "multi_head_attention_forward", in_operations))
         for function in self.whole.functions:
             made = self._as_one(function)
             patches += [(space, name, made) for space, name in _homes(function)]

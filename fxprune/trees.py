@@ -7,10 +7,12 @@ they are containers.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 
@@ -37,15 +39,20 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same with every tensor changed; a dataclass becomes the dict of its fields."""
+    """The same with every tensor changed; a dataclass becomes the dict of its fields.
+
+    A packed sequence, which takes nothing but tensors, becomes a tuple.
+    """
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
+        if isinstance(leaf, PackedSequence):
+            return tuple(map_tensors(change, [*leaf]))
         inner = _fields(leaf)
         return leaf if inner is None else map_tensors(change, inner)
 
-    return pytree.tree_map(one, value)
+    return pytree.tree_map(one, value, is_leaf=lambda v: isinstance(v, PackedSequence))
 
 
 def plain(value: Any) -> Any:
@@ -57,13 +64,16 @@ def plain(value: Any) -> Any:
     )
 
 
+_CLOSED = (str, bytes, int, float, type, types.ModuleType, Tensor)
+
+
 def reachable(value: Any, depth: int = 6) -> Iterator[Any]:
     """``value`` and what it contains, also in the attributes of objects."""
     seen: set[int] = set()
 
     def walk(v: Any, left: int) -> Iterator[Any]:
         yield v
-        if left == 0 or id(v) in seen or isinstance(v, (str, bytes, int, float, type, Tensor)):
+        if left == 0 or id(v) in seen or isinstance(v, _CLOSED):
             return
         seen.add(id(v))
         if isinstance(v, Mapping):

@@ -192,13 +192,14 @@ def _passes(node: fx.Node, source: fx.Node) -> bool:
 def seen_as_values() -> Iterator[None]:
     """Python's own functions take traced values for what they stand for, inside the block.
 
-    ``isinstance`` is told what the value is. Only Python is: torch's C++ code asks for the real
-    type and must get it, since it would read a proxy's memory as a tensor's. ``len`` of a tensor,
-    and ``min`` and ``max`` of numbers that depend on data, are recorded.
+    ``isinstance`` and ``callable`` are told what it is, and a Variable of one is the value. Only
+    Python is: torch's C++ code asks for the real type and must get it, since it would read a
+    proxy's memory as a tensor's. ``len`` of a tensor, and ``min`` and ``max`` of numbers that
+    depend on data, are recorded.
     """
-    kept = {
-        name: getattr(builtins, name) for name in ("isinstance", "len", "min", "max", "callable")
-    }
+    names = ("isinstance", "callable", "len", "min", "max")
+    kept = {name: getattr(builtins, name) for name in names}
+    variable = type(torch.autograd.Variable)
     is_instance: Callable[[Any, Any], bool] = kept["isinstance"]
 
     def seen(obj: Any, kinds: Any, /) -> bool:
@@ -227,12 +228,19 @@ def seen_as_values() -> Iterator[None]:
 
         return choose
 
-    patches = {"isinstance": seen, "len": length, "callable": calls}
+    def of(kind: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(data) in (Value, Attribute):
+            return data
+        return type.__call__(kind, data, *args, **kwargs)
+
+    patches = {"isinstance": seen, "callable": calls, "len": length}
     patches |= {name: extreme(name) for name in ("min", "max")}
     for name, patch in patches.items():
         setattr(builtins, name, patch)
+    type.__setattr__(variable, "__call__", of)
     try:
         yield
     finally:
+        type.__delattr__(variable, "__call__")
         for name, original in kept.items():
             setattr(builtins, name, original)

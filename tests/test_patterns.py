@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import patterns_attention  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
+import patterns_foreign  # noqa: F401 - registers its cases
 import patterns_numbers  # noqa: F401 - registers its cases
 import patterns_order  # noqa: F401 - registers its cases
 import patterns_recurrent  # noqa: F401 - registers its cases

@@ -357,6 +357,20 @@ def _index(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
     labels.put(out, fields)
 
 
+@register("aten._pack_padded_sequence", "aten._pad_packed_sequence")
+def _packed(
+    labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Sequence[Tensor]
+) -> None:
+    """[T, N, *] or [N, T, *] to the rows of a packed sequence [R, *], or back; * stay."""
+    x, made = args[0], out[0]
+    lead = 2 if str(func.overloadpacket) == "aten._pack_padded_sequence" else 1
+    fields = [labels.mix(f, range(lead), "samples or time steps") for f in labels.of(x)]
+    rows = made.dim() - (x.dim() - lead)
+    labels.put(
+        made, [f.reshape([1] * rows + list(f.shape[lead:])) for f in fields if f is not None]
+    )
+
+
 @register("aten._embedding_bag", "aten._embedding_bag_forward_only")
 def _embedding_bag(
     labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Sequence[Tensor]

@@ -55,7 +55,7 @@ _MOVING = frozenset((
     "_pad_circular", "rot90", "diagonal", "max_unpool2d", "max_unpool3d",
     "grid_sampler_2d", "grid_sampler_3d", "_fft_r2c", "_fft_c2c",
     "_fft_c2r", "cumsum", "cummax", "cummin", "sort", "topk", "roi_align", "roi_pool",
-    "_embedding_bag", "_embedding_bag_forward_only",
+    "_pack_padded_sequence", "_embedding_bag", "_embedding_bag_forward_only",
 ))  # fmt: skip
 
 _KEEPING = _UNARY | _MOVING
