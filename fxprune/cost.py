@@ -153,6 +153,8 @@ class Dims:
         """One width for each dim of a graph value."""
         dims = [{(self.groups, self.groups): float(s)} for s in traits.shape]
         for f in traits.fields:
+            if f.ndim != len(dims):
+                continue  # its memory was given back while the model ran
             for d, size in enumerate(f.shape):
                 if size > 1:
                     at = self.coupling.cls[np.moveaxis(f, d, 0).reshape(size, -1)]
