@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,14 +131,22 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         if file and not Path(file).absolute().parent.is_dir():
             raise OutputError(f"{file} cannot be written: its folder does not exist")
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
-    curves = sensitivity(
-        model, inputs, load_data(args.data, inputs, seed=args.seed), criterion=args.criterion,
-        repair=None if args.repair == "none" else args.repair, exclude=tuple(args.exclude),
-        round_to=args.round_to, seed=args.seed, progress=not args.quiet,
-        calibration_samples=args.calibration_samples, workers=args.workers,
-    )  # fmt: skip
+    data = load_data(args.data, inputs, seed=args.seed)
+    with warnings.catch_warnings():
+        # Said below the table.
+        warnings.filterwarnings("ignore", "no calibration data", UserWarning)
+        curves = sensitivity(
+            model, inputs, data, criterion=args.criterion,
+            repair=None if args.repair == "none" else args.repair, exclude=tuple(args.exclude),
+            round_to=args.round_to, seed=args.seed, progress=not args.quiet,
+            calibration_samples=args.calibration_samples, workers=args.workers,
+        )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(_table(args.model, curves))
+    if data is None:
+        console.print(
+            "Measured on random inputs: --data SPEC gives the real ones.", highlight=False
+        )
     if args.csv:
         rows = curves.rows()
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
@@ -155,8 +164,10 @@ def _table(title: str, curves: Sensitivity) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"Sensitivity of {escape(title)}: fitness (MACs saved) with one group cut alone; "
-        f"whole model {curves.whole:.4g}"
+        title=f"Sensitivity of {escape(title)}: divergence of the outputs (MACs saved) with one group "
+        "cut alone and repaired, most per MAC first",
+        caption="Kullback-Leibler divergence in nats for class scores, else the squared error "
+        "relative to the output",
     )
     table.add_column("group", overflow="fold")
     table.add_column("channels", justify="right")
@@ -165,6 +176,6 @@ def _table(title: str, curves: Sensitivity) -> Table:
         table.add_column(f"{share:.0%} kept", justify="right")
     price = (curves.loss[:, -1] - curves.whole) / np.maximum(curves.saved[:, -1], 1e-12)
     for f in np.argsort(-price, kind="stable"):
-        cells = [f"{v:.4f} ({s:.1%})" for v, s in zip(curves.loss[f], curves.saved[f], strict=True)]
+        cells = [f"{v:.2g} ({s:.1%})" for v, s in zip(curves.loss[f], curves.saved[f], strict=True)]
         table.add_row(escape(curves.groups[f]), str(curves.channels[f]), *cells)
     return table

@@ -108,12 +108,23 @@ def test_the_command(spec: str, tmp_path: Path, capsys: Any) -> None:
     args = ["sensitivity", spec, "--data", "digits", "--quiet", "--calibration-samples", "64"]
     assert main([*args, "--csv", str(files[0]), "--plot", str(files[1])]) == 0
     out = capsys.readouterr().out
-    assert "50% kept" in out and out.count("%)") == 8
+    assert "50% kept" in out and out.count("%)") == 8 and "nats" in out
+    assert "random inputs" not in out and "0.0000" not in out
     with files[0].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and set(rows[0]) == {"group", "channels", "kept", "loss", "macs saved"}
     assert files[1].read_text().lstrip().startswith("<?xml")
     assert main([*args, "--plot", str(tmp_path / "none" / "x.svg")]) == 2
+
+
+def test_the_command_without_data_says_so_once_and_without_a_warning(
+    spec: str, capsys: Any
+) -> None:
+    assert main(["sensitivity", spec, "--quiet", "--calibration-samples", "8"]) == 0
+    told = capsys.readouterr()
+    assert (
+        told.out.count("random inputs") == 1 and "--data" in told.out and "Warning" not in told.err
+    )
 
 
 def prune_args(spec: str, out: Path) -> list[str]:

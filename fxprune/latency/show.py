@@ -54,7 +54,7 @@ def overview(traced: Traced, model: LatencyModel, most: int = 12) -> Overview:
     scores = {g.name: np.ones(g.n) for g in traced.groups}
     sizes = []
     for share in SHARES:
-        problem = AllocationProblem(traced, scores, Budget(macs=share), allowed)
+        problem = AllocationProblem(traced, scores, Budget(macs=share), allowed, latency=model)
         try:
             counts = traced.counts(uniform(problem))[None]
         except BudgetError:
