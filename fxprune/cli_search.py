@@ -164,8 +164,8 @@ def _table(title: str, curves: Sensitivity) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"Sensitivity of {escape(title)}: divergence of the outputs (MACs saved) with one group "
-        "cut alone and repaired, most per MAC first",
+        title=f"Sensitivity of {escape(title)}: divergence of the outputs (MACs saved) with one "
+        "group cut alone and repaired, most per MAC first",
         caption="Kullback-Leibler divergence in nats for class scores, else the squared error "
         "relative to the output",
     )

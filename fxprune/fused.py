@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fxprune.renorm import SideBySide
@@ -44,6 +44,15 @@ class Fused(SideBySide):
                 del env[used]
         else:
             super().step(node, i)
+
+    def enters(self, node: fx.Node, i: int) -> Tensor | None:
+        """What enters the convolution that ``node`` is; None where that takes a run to tell."""
+        if node in self.norms:
+            module: Any = self.fetch_attr(str(node.target))
+            x: Tensor = self.envs[i][node.all_input_nodes[0]]
+            if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+                return x if x.ndim == module.weight.ndim else None
+        return None
 
     def _convolution(self, node: fx.Node) -> nn.Module:
         """The fused convolution; made for the first input that passes the node."""

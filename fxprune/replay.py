@@ -29,7 +29,7 @@ from fxprune.formats import channels_last
 from fxprune.fused import Fused
 from fxprune.inputs import divisible, samples_of
 from fxprune.isolate import exact_arithmetic
-from fxprune.moments import Layout
+from fxprune.moments import Layout, input_rows
 from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot
 from fxprune.renorm import some
@@ -361,7 +361,7 @@ class _Candidate(Side):
         groups: list[tuple[int, str, tuple[int, ...]]],
     ) -> None:
         super().__init__(module, inputs)
-        self.run = Fused(module, inputs)
+        self.run = self.fused = Fused(module, inputs)
         self.map, self.kept, self.groups = replay.map, replay.kept, groups
         self.run.careful = replay.original.writes
         self.number = {n.name: i for i, n in enumerate(self.nodes)}
@@ -385,6 +385,14 @@ class _Candidate(Side):
         name = self.nodes[self.at].name
         if name in self.map.cuts and self._key(name) not in self.kept:
             self._save(name)
+
+    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
+        """What enters ``consumer``, in the node that was reached. Raises Cannot."""
+        x = self.fused.enters(self.nodes[self.at], i)
+        if x is None or consumer.kind != "conv" or x.shape[1] != layout.variables * layout.taps:
+            return super().rows(consumer, layout, i)
+        values, _ = input_rows("conv", layout, x, self.sizes[i])
+        return Rows(values.flatten(0, 1), (x.shape[0], *x.shape[2:]))
 
     def finish(self) -> list[Any]:
         """The outputs of all inputs."""
