@@ -130,12 +130,12 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Trace ``model``; it is left as it was. Raises ModelError when it does not run."""
     inputs = Inputs.of(example_inputs)
-    _check_names(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "a TorchScript module has no Python forward that could be traced; give the "
             "torch.nn.Module that it was made from"
         )
+    _check_names(model)
     base = shared_copy(model)
     rng = torch.get_rng_state()
     try:

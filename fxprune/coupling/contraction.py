@@ -54,7 +54,9 @@ ADDED = "sums products of channels of which none is zero"
 def _sides(labels: Labels, labelled: IntArray) -> list[IntArray]:
     """[P, Q] labels of one dim; of one that is a whole product, those of its sides."""
     pair = labels.made_of(labelled)
-    if pair is None or not np.array_equal(labelled.ravel(), pair.made.ravel()):
+    if pair is None or labelled.shape[1] > 1:
+        return [labelled]
+    if not np.array_equal(labelled.ravel(), pair.made.ravel()):
         return [labelled]
     return [x for f in (pair.a, pair.b) for x in _sides(labels, f.reshape(-1, 1))]
 
