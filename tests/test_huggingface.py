@@ -137,6 +137,28 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Draw]] = {
         ),
         pairs,
     ),
+    "mixtral": (
+        lambda: text("MixtralConfig MixtralForCausalLM", num_key_value_heads=2,
+                     num_local_experts=3, num_experts_per_tok=2),
+        unmasked,
+    ),
+    "deberta v2": (
+        lambda: text("DebertaV2Config DebertaV2Model", relative_attention=True,
+                     pos_att_type=["p2c", "c2p"], position_biased_input=False),
+        tokens,
+    ),
+    "xlm": (
+        lambda: hf.XLMModel(
+            hf.XLMConfig(vocab_size=99, emb_dim=32, n_layers=2, n_heads=4,
+                         max_position_embeddings=32)
+        ),
+        tokens,
+    ),
+    "cohere": (
+        lambda: text("CohereConfig CohereForCausalLM", num_key_value_heads=2, pad_token_id=0,
+                     bos_token_id=1, eos_token_id=2),
+        tokens,
+    ),
 }  # fmt: skip
 
 
