@@ -39,9 +39,9 @@ from fxprune.types import PrunePlan
 WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
 SPREAD_SAMPLES = 256  # on which the size of the outputs' loss is told
 GRADIENT_NORM = 1.0  # longer gradients are clipped
-RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried where none is given
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried where none is given; ascending
 TRIAL = 0.1  # of the steps, for each rate that is tried
-TORN = 2.0  # times the loss of the first batch, above which a rate is given up
+TORN = 2.0  # times the losses of the lowest rate on the same batches: a rate is given up
 LEAST_SIZE = 0.01  # of the median size: smaller tensors (a bias of zeros) move as if they had that
 
 
@@ -305,13 +305,15 @@ class _Run:
         steps = max(1, round(TRIAL * self.o.steps))
         self.shown.update(self.task, total=self.o.steps + len(rates) * steps)
         found = {}
+        lowest: list[float] = []
         for rate in rates:
-            first, value = math.inf, 0.0
-            for step, value in self._descend(rate, steps, samples()):
-                first = value if step == 1 else first
-                if value > TORN * first:
+            losses: list[float] = []
+            for _, value in self._descend(rate, steps, samples()):
+                losses.append(value)
+                if lowest and sum(losses) > TORN * sum(lowest[: len(losses)]):
                     break
-            torn = self.note or value > TORN * first
+            lowest = lowest or losses
+            torn = self.note or len(losses) < len(lowest)
             value = math.inf if torn else measure(self.module)
             found[rate] = value if math.isfinite(value) else math.inf
             self._put_back()

@@ -232,9 +232,9 @@ def test_a_rate_that_tears_the_model_is_given_up() -> None:
         return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxprune.distill.RATES", (30.0, 1e-3))
+        patch.setattr("fxprune.distill.RATES", (1e-3, 30.0))
         report = distill(traced, plan, module, data[:4], measure, Distillation(steps=40, checks=1))
-    assert report.trials == {30.0: float("inf"), 1e-3: 1.0} and report.lr == 1e-3
+    assert report.trials == {1e-3: 1.0, 30.0: float("inf")} and report.lr == 1e-3
     assert len(seen) == 3  # before, one trial, the end
 
 
