@@ -9,8 +9,9 @@ measured on held-out samples the best stays: never a worse one than least square
 
 Steps are relative to the size of each tensor (as in LARS, You et al., 2017, and Adafactor, Shazeer
 and Stern, 2018), since an absolute step that small nets need tears fine weights apart. What share
-of its size a tensor may move differs from net to net by a factor of ten all the same, so short runs
-on the same samples choose it.
+of its size a tensor may move differs from net to net by a factor of ten and more all the same, so
+short runs tell: the largest rate that does no lasting harm. (Not the best of the short runs: that is
+a small one, which gains little in a whole run. Last, small steps take out the noise of large ones.)
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from fxprune.types import PrunePlan
 WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
 SPREAD_SAMPLES = 256  # on which the size of the outputs' loss is told
 GRADIENT_NORM = 1.0  # longer gradients are clipped
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried where none is given; ascending
+RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried where none is given, until one is borne
 TRIAL = 0.1  # of the steps, for each rate that is tried
-TORN = 2.0  # times the losses of the lowest rate on the same batches: a rate is given up
+BORNE = 1.5  # times the measure before, up to which a short run may end
+TORN = 10.0  # times the loss of the first batch, above which a short run breaks off
 LEAST_SIZE = 0.01  # of the median size: smaller tensors (a bias of zeros) move as if they had that
 
 
@@ -51,7 +53,7 @@ class Distillation:
 
     steps       of the optimiser, each one batch
     lr          highest rate of Adam, relative: the share of its own size (root mean square) that a
-                tensor moves in one step; None: what is best in short runs, on held-out samples
+                tensor moves in one step; None: the largest that a short run bears
     batch_size  samples of each step
     features    weight of the inner features against the outputs; 0: outputs alone
     mix         share of the batches that are mixtures of two samples; inputs of whole numbers
@@ -275,8 +277,8 @@ class _Run:
         self.shown, self.note = shown, ""
         before = measure(self.module)
         rates = RATES if o.lr is None else (o.lr,)
-        trials = self._trials(rates, samples, measure) if len(rates) > 1 else {}
-        rate = min(trials, key=lambda r: trials[r]) if trials else rates[0]
+        trials = self._trials(rates, samples, measure, before) if len(rates) > 1 else {}
+        rate = next(reversed(trials), rates[0])
         curve, best, step = [(0, before)], (0, before), 0
         every = max(1, o.steps // o.checks)
         for step, _ in self._descend(rate, o.steps, samples()):
@@ -297,27 +299,28 @@ class _Run:
         rates: Sequence[float],
         samples: Callable[[], Iterator[tuple[Any, ...]]],
         measure: Callable[[fx.GraphModule], float],
+        before: float,
     ) -> dict[float, float]:
-        """Each rate -> the measure after a whole short run with it; inf where that tears the model.
+        """Rate -> the measure after a whole short run with it; inf where that tears the model.
 
-        The module is as before.
+        Until one is borne, which is the last. The module is as before.
         """
         steps = max(1, round(TRIAL * self.o.steps))
         self.shown.update(self.task, total=self.o.steps + len(rates) * steps)
-        found = {}
-        lowest: list[float] = []
+        found: dict[float, float] = {}
         for rate in rates:
-            losses: list[float] = []
-            for _, value in self._descend(rate, steps, samples()):
-                losses.append(value)
-                if lowest and sum(losses) > TORN * sum(lowest[: len(losses)]):
+            first, torn = math.inf, False
+            for step, value in self._descend(rate, steps, samples()):
+                first = value if step == 1 else first
+                torn = bool(self.note) or value > TORN * first
+                if torn:
                     break
-            lowest = lowest or losses
-            torn = self.note or len(losses) < len(lowest)
             value = math.inf if torn else measure(self.module)
             found[rate] = value if math.isfinite(value) else math.inf
             self._put_back()
             self.note = ""
+            if found[rate] <= before + (BORNE - 1) * abs(before):
+                break
         return found
 
     def _descend(
