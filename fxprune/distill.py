@@ -10,7 +10,7 @@ measured on held-out samples the best stays: never a worse one than least square
 Steps are relative to the size of each tensor (as in LARS, You et al., 2017, and Adafactor, Shazeer
 and Stern, 2018), since an absolute step that small nets need tears fine weights apart. What share
 of its size a tensor may move differs from net to net by a factor of ten and more all the same, so
-short runs tell: the largest rate that does no lasting harm. (Not the best of the short runs: that is
+short runs tell: the largest rate that does no lasting harm. (Not the best of the short runs: it is
 a small one, which gains little in a whole run. Last, small steps take out the noise of large ones.)
 """
 
