@@ -44,17 +44,19 @@ of 16 channels, and a dense block of N layers, each reading the concatenation of
 HOT = """
 ## Where the time goes
 
-`python benchmarks/speed.py --only NAME --profile`. Shares under cProfile, which weighs Python calls
-more than they cost without it:
+Sampled while `trace`, `couple` and `cut` run many times (`--profile` is cProfile, which weighs
+Python calls more than they cost without it). A model runs once: coupling reads the ATen ops that
+the tracer has recorded, and layers whose ops are known (convolutions, batch norms, linear layers,
+common functions: `fxprune/record.py`) do not pass through a dispatch mode. A model with a part that
+is kept whole, and one that changes shapes in place, runs once more for its labels.
 
-- mobilenet_v2 (sampled, which costs nothing): labelling every op 32%, the tracer's concrete run
-  27%, cut 15%, grouping 11%, making graph modules 8%, the copy of the model 4%. A fifth of all is
-  the two forward passes themselves.
-- swin_t: labelling 35%, the tracer's concrete run 21%, rewriting sizes 9%; across the stages,
-  `ndarray.sort` (3,400 calls) takes 10%, and torch.fx, which reads byte code whenever a proxy is
-  iterated, 7%.
-- The dense block was not profiled. Its concatenations hold N^2 / 2 member entries, and the measured
-  exponent approaches 2.
+- mobilenet_v2: the forward pass 13%, recording it 22%, the copy of the model and putting back its
+  state 9%; labelling 13%, grouping 10%, solving 5%; cutting 22%, of which new tensors 5% and the
+  Python code of the new graph 6%.
+- Dense block of 800 layers: the convolutions themselves 20%; the rest goes into the 320,000
+  arguments of its concatenations, of which every graph node holds a list: torch.fx, while the graph
+  is recorded and copied, 25%, the rules for concatenations 15%. That part is quadratic by nature.
+  Members of groups are made only when they are asked for.
 """
 
 

@@ -54,9 +54,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        before = args[0].shape if args and isinstance(args[0], Tensor) else None
         out = func(*args, **kwargs)
         self._now.append((func, args, kwargs, out))
-        if func._schema.is_mutable and _reshapes(func, args):
+        if func._schema.is_mutable and _reshapes(func, args, before):
             self.complete = False
         return out
 
@@ -74,11 +75,14 @@ class Recorder(TorchDispatchMode):
             return target(*args, **kwargs)
 
 
-def _reshapes(func: Any, args: Sequence[Any]) -> bool:
+def _reshapes(func: Any, args: Sequence[Any], before: torch.Size | None) -> bool:
     """Whether an op in place changes more than numbers; integers may be positions, also read."""
-    if torch.Tag.inplace_view in func.tags or func.overloadpacket.__name__ in ("set_", "resize_"):
-        return True
     target = args[0] if args else None
+    name = func.overloadpacket.__name__
+    if name == "as_strided_" and isinstance(target, Tensor):  # a pool in channels-last
+        return target.shape != before
+    if torch.Tag.inplace_view in func.tags or name in ("set_", "resize_"):
+        return True
     return isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32)
 
 
