@@ -74,10 +74,12 @@ class Sizes:
     def _positions(self, f: IntArray, dim: int) -> BoolArray:
         key = id(f), dim
         if key not in self._along:
-            alone = f.size == f.shape[dim]
-            mask: BoolArray = (self.mask if alone else self.outline)[self.coupling.cls[f]]
-            others = tuple(d for d in range(mask.ndim) if d != dim)
-            self._along[key] = np.asarray(mask.any(axis=others))
+            classes = self.coupling.cls[f]
+            kept = np.moveaxis(self.mask[classes], dim, -1).reshape(-1, f.shape[dim])
+            rows = kept[kept.any(1)]
+            if len(rows) and (rows != rows[0]).any():  # each row has columns of its own
+                kept = np.moveaxis(self.outline[classes], dim, -1).reshape(-1, f.shape[dim])
+            self._along[key] = kept.any(0)
         return self._along[key]
 
     def shape(self, traits: Traits) -> tuple[int, ...]:

@@ -59,3 +59,17 @@ class ShuffledGroups(Between):
 
     def middle(self, y: Tensor) -> Tensor:
         return self.g(y[:, self.order]).relu()
+
+
+@case("a.weight:0 t.weight:0", inputs=((2, 7),))
+class OrderOfUnflattened(nn.Module):
+    """Channels that came with their pixels in one vector, two and two in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 32), nn.Conv2d(4, 3, 1)
+        self.t = nn.ConvTranspose2d(16, 4, 3, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).view(x.shape[0], 8, 2, 2)
+        return self.b(self.t(y[:, [i for i in (0, 4, 7, 2, 6, 5, 1, 3) for _ in range(2)]]))
