@@ -79,7 +79,7 @@ class Sizes:
             rows = kept[kept.any(1)]
             if len(rows) and (rows != rows[0]).any():  # each row has columns of its own
                 kept = np.moveaxis(self.outline[classes], dim, -1).reshape(-1, f.shape[dim])
-            self._along[key] = kept.any(0)
+            self._along[key] = np.asarray(kept.any(axis=0))
         return self._along[key]
 
     def shape(self, traits: Traits) -> tuple[int, ...]:
