@@ -15,7 +15,7 @@ from fxprune import allocate
 from fxprune.allocate import AllocationProblem
 from fxprune.allocate.space import space_of
 from fxprune.allocate.spend import spend
-from fxprune.allocate.thrift import USED, thrifty
+from fxprune.allocate.thrift import GAIN, USED, thrifty
 from fxprune.allocate.uniform import uniform_keys
 from fxprune.types import Budget, FloatArray, IntArray, PrunePlan
 
@@ -65,9 +65,11 @@ def test_the_fastest_of_all_that_rounding_leaves_open() -> None:
         ms = made.latency.predict(space.counts(allowed))  # type: ignore[union-attr]
         at = np.flatnonzero((allowed == found).all(1))
         assert len(at) == 1, "found is one of them"
-        assert ms[at[0]] <= 1.05 * ms.min()
+        whole = ms[(allowed == state).all(1)][0]
+        assert ms[at[0]] <= 1.05 * ms.min() or ms.min() > (1 - 1.5 * GAIN) * whole
+        assert ms[at[0]] in (whole, *ms[ms <= (1 - GAIN) * whole])
         gains.append(ms[at[0]] / ms[(allowed == state).all(1)][0])
-    assert max(gains) <= 1 and np.median(gains) < 0.97
+    assert max(gains) <= 1 and min(gains) <= 1 - GAIN and sum(g < 1 for g in gains) >= 2
 
 
 def test_uniform_is_thrifty_where_counts_are_those_of_a_target_and_nothing_bounds_its_time() -> (

@@ -22,7 +22,7 @@ from fxprune.allocate.sensitivity import Sensitivity
 from fxprune.allocate.space import Space, space_of
 from fxprune.allocate.spend import spend
 from fxprune.allocate.thrift import thrifty
-from fxprune.allocate.uniform import uniform_state
+from fxprune.allocate.uniform import uniform_keys
 from fxprune.types import FloatArray, IntArray, PrunePlan
 
 FINALISTS = 4  # states that are compared by the dearer fitness, besides the best start
@@ -134,7 +134,7 @@ def _final(search: Search) -> tuple[IntArray, list[dict[str, Any]]]:
     chosen = search.best(FINALISTS)
     stages = [search.memory.stage(s) for s in chosen]
     if search.hurry and chosen:
-        faster = thrifty(search.space, chosen[0])
+        faster = thrifty(search.space, chosen[0], gain=0.0)  # its fitness is measured
         if key(faster) not in {key(s) for s in chosen}:
             chosen.append(faster)
             stages.append("faster")
@@ -164,7 +164,7 @@ def cheap_states(problem: AllocationProblem, space: Space) -> dict[str, IntArray
     """The cheap allocations as states [F] of the (wider) space of the search."""
     cheap = space_of(problem)
     states = {
-        "uniform": uniform_state(cheap, problem.round_to),
+        "uniform": spend(cheap, uniform_keys(cheap)),  # what is faster is one of the finalists
         "global": spend(cheap, global_keys(cheap)),
         "isomorphic": spend(cheap, isomorphic_keys(cheap, cluster(problem.traced, cheap))),
     }

@@ -21,24 +21,27 @@ REACH = 1  # steps that a group may move: what rounding decides
 USED = 0.98  # of the budget that ``state`` uses, the least that is used again
 ROUNDS = 8  # linearisations
 LEAST_SHARE = 1e-6  # kept share of the scores below which the loss does not grow any more
+GAIN = 0.05  # of the state's time: less is not worth what scores do not tell of the outputs
 WORTH = 1e-4  # of the state's time, the least that a round must save
 
 
-def thrifty(space: Space, state: IntArray) -> IntArray:
+def thrifty(space: Space, state: IntArray, gain: float = GAIN) -> IntArray:
     """The fastest state [F] found within ``REACH`` steps of ``state``, which holds the budget.
 
     It holds the budget too, uses at least ``USED`` as much of it, and the sum over groups of
-    -log(share of the scores that is kept) is not larger. ``state`` itself where nothing is faster,
-    where the target's times are not known, or where the budget bounds them anyway.
+    -log(share of the scores that is kept) is not larger. ``state`` itself where that saves less
+    than ``gain`` of the time, where the target's times are not known, or where the budget bounds
+    them anyway.
     """
     if space.latency is None or "latency" in space.measures or not len(state):
         return state
     best = _Thrift(space, state)
+    enough = (1 - gain) * best.ms
     for _ in range(ROUNDS):
         found = best.around()
         if found is None or not best.take(found):
             break
-    return best.state
+    return best.state if best.ms <= enough else state
 
 
 class _Thrift:
