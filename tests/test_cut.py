@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import assert_right
-from oracle import random_plan, randomise
+from oracle import oracle_error, random_plan, randomise
 from patterns_attention import FusedChunk, FusedIndexed, PackedAttention
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.cut import cut
+from fxprune.cut import as_user_class, cut
 from fxprune.errors import PlanError
 from fxprune.traced import Traced, trace
 from fxprune.types import ChannelGroup, PrunePlan
@@ -256,3 +256,29 @@ def test_another_name_of_a_used_parameter_is_cut_with_it() -> None:
     pruned = cut(traced, plan)
     assert pruned.other.weight is pruned.used.weight and len(pruned.used.weight) == 4
     assert_right(traced, plan, pruned, [(x,)])
+
+
+class Literal(nn.Module):
+    """A view with literal sizes, behind it a norm that shows little of the order of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.mix = nn.Linear(6, 32), nn.Linear(32, 7)
+        self.norm, self.last = nn.LayerNorm(7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.make(x).view(len(x), -1, 4, 4).permute(0, 2, 3, 1).reshape(len(x), -1)
+        return self.last(self.norm(self.mix(y)) * 1e-6)
+
+
+def test_the_users_class_must_put_the_same_into_its_layers() -> None:
+    """Half of a dim of literal size goes: the class would run, with another order of channels."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6)
+    traced = trace(randomise(Literal()), x)
+    columns = next(g for g in traced.groups if g.locked is None and g.n == 4)
+    plan = PrunePlan({columns.name: (0, 2)})
+    pruned = cut(traced, plan)
+    assert torch.allclose(pruned(x), pruned(x + 1), atol=1e-4)  # the outputs tell little
+    assert as_user_class(traced, plan, pruned) is None
+    assert oracle_error(traced, plan, pruned, (x,)) < 1e-5
