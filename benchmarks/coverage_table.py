@@ -39,11 +39,25 @@ batch 1, the comparison of image models at batch 2 with other data.
 """
 
 
+HUGGING_FACE = """## Hugging Face
+
+`tests/test_huggingface.py` holds two dozen small random configurations to the oracle. Beyond those,
+177 architectures of transformers 5.24 (text, mixtures of experts, state spaces, vision, detection,
+segmentation, speech, several modalities) were tried once with random plans at two batch sizes, in
+float64 where the model's own code does not cast: 150 are right within 1e-10 (1e-5 for mixtures of
+experts, whose grouped product takes no float64), and 21, which compute norms or states in float32,
+within 1.5e-6. Two draw random numbers in forward (ViT-MAE, ViLT), and four give infinities or
+zeros when masked (CANINE, ProphetNet, two time series models): these cannot be compared. None
+raised. Parts stay whole in five: Longformer and LED (data decides about global attention),
+Reformer, SuperPoint, ViLT.
+"""
+
+
 def page(rows: Sequence[Row]) -> str:
     """The whole file."""
     ordered = sorted(rows, key=lambda r: (r["library"], r["name"]))
     show = [r for r in ordered if r.get("part") == "onnx"]
-    parts = [HEAD]
+    parts = [HEAD, HUGGING_FACE]
     parts += _section("Half the MACs, ONNX verified", show, onnx=True)
     for library in ("torchvision", "timm"):
         # A model of the first table that was not run again counts here too.
