@@ -105,8 +105,6 @@ def monai() -> Iterator[Model]:
         "VarAutoEncoder", lambda: n.VarAutoEncoder(2, (64, 64), 1, 8, (8, 16), (1, 2)), flat
     )
     yield Model("Quicknat", lambda: n.Quicknat(2, 1, num_filters=16), flat)
-    kl = lambda: n.AutoencoderKL(2, 1, 1, (1, 1), (8, 16), (False, True), 4, 4)  # noqa: E731
-    yield Model("AutoencoderKL", kl, R(1, 1, 16, 16))
 
 
 def diffusers() -> Iterator[Model]:
