@@ -33,7 +33,7 @@ from fxprune.trees import tensors as tensors_in
 from fxprune.types import PrunePlan
 
 _SOME = 4096  # elements of a tensor that are compared
-_NEAR = 1e-3  # of its norm
+_NEAR = 200  # times the rounding error of the dtype, and of its norm
 _OWN = "computes what the class does not"
 
 
@@ -268,12 +268,12 @@ class _Runs:
         )
 
 
-_Trace = list[tuple[float, float]]
+_Trace = list[tuple[float, float, float]]
 
 
 @contextmanager
 def _entering(model: nn.Module) -> Iterator[dict[str, _Trace]]:
-    """Path of each leaf module -> two numbers for each tensor that has entered it."""
+    """Path of each leaf module -> numbers for each tensor that has entered it."""
     paths = {id(m): name for name, m in model.named_modules() if is_leaf(m)}
     found: dict[str, _Trace] = defaultdict(list)
 
@@ -289,20 +289,23 @@ def _entering(model: nn.Module) -> Iterator[dict[str, _Trace]]:
         handle.remove()
 
 
-def _numbers(x: Tensor) -> tuple[float, float]:
-    """(a weighted sum that knows the order of the elements, the norm) of some elements of x."""
+def _numbers(x: Tensor) -> tuple[float, float, float]:
+    """(a weighted sum that knows the order of the elements, the norm, how near is near)."""
     if x.device.type == "meta" or not x.is_floating_point() or not x.numel():
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     flat = x.detach().reshape(-1)
     some = flat[:: max(1, len(flat) // _SOME)].double()
     weights = torch.arange(len(some), dtype=torch.float64, device=x.device).mul(0.7).cos()
-    return float(some @ weights), float(some.norm())
+    near = min(max(_NEAR * torch.finfo(x.dtype).eps, 1e-9), 0.02)
+    return float(some @ weights), float(some.norm()), near
 
 
 def _alike(a: _Trace, b: _Trace) -> bool:
     if len(a) != len(b):
         return True  # one of them takes some calls together
-    return all(not abs(p[0] - q[0]) > _NEAR * (p[1] + q[1]) for p, q in zip(a, b, strict=True))
+    return all(
+        not abs(p[0] - q[0]) > max(p[2], q[2]) * (p[1] + q[1]) for p, q in zip(a, b, strict=True)
+    )
 
 
 def _outputs(call: Call, inputs: tuple[Any, ...]) -> list[Tensor] | None:
