@@ -73,3 +73,18 @@ class OrderOfUnflattened(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).view(x.shape[0], 8, 2, 2)
         return self.b(self.t(y[:, [i for i in (0, 4, 7, 2, 6, 5, 1, 3) for _ in range(2)]]))
+
+
+@case("c.weight:0 one.weight:0")
+class DiagonalOfABlock(nn.Module):
+    """A slice with a step that takes one channel of each group of a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 12, 3, groups=2)
+        self.one, self.two, self.d = nn.Linear(2, 7), nn.Linear(7, 12), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        gate = self.two(self.one(x[:, 1:5:2].mean((2, 3))))
+        return self.d(self.c(x) * gate[:, :, None, None])

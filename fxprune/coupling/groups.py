@@ -15,7 +15,7 @@ from fxprune.capture import Captured
 from fxprune.coupling.labels import Contraction
 from fxprune.coupling.run import Run, Traits, label_run
 from fxprune.coupling.solve import Solution, signatures, solve
-from fxprune.coupling.verify import Claims, Governing, checked
+from fxprune.coupling.verify import Claims, Governing, checked, evened
 from fxprune.types import BoolArray, ChannelGroup, Consumer, IntArray, Member, Parts, Placed, T, Use
 
 KERNEL = "kernel position"
@@ -145,6 +145,8 @@ class _Builder:
             Contraction(c.const, tuple(cls[d] for d in c.dims)) for c in self.run.facts.contractions
         )
         governing = Governing(*arrays[False], *arrays[True])
+        dims = [*params.values(), *(d for c in contractions for d in c.dims)]
+        groups = evened(groups, governing, dims)
         groups = checked(groups, governing, Claims.of(self.run.facts, cls))
         return Coupling(
             groups, consumers, cls, governing, params, contractions, self.run.values,

@@ -6,7 +6,7 @@ with a reason, instead of becoming a wrong model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from fxprune.coupling.solve import distinct, distinct_pairs
 from fxprune.types import BoolArray, ChannelGroup, IntArray
 
 REASON = "its channels cannot go one by one and leave every tensor rectangular"
+UNEVEN = "some tensor holds a few columns of its rows only, so its size depends on which rows stay"
 _PLANS, _ROUNDS = 3, 8
 
 
@@ -136,6 +137,39 @@ def checked(
         for g in worst:
             result[g] = replace(result[g], locked=REASON)
     return tuple(result)
+
+
+def evened(
+    groups: Sequence[ChannelGroup], governing: Governing, dims: Iterable[IntArray]
+) -> tuple[ChannelGroup, ...]:
+    """The groups, with rows locked of which some dim does not hold every column equally often.
+
+    ``dims``: classes [P, Q] of parameter dims and of the dims of products, -1 where fixed. Kept rows
+    times kept columns is the size of a dim only if it holds the whole block.
+    """
+    bad: set[int] = set()
+    width = np.array([g.width for g in groups], dtype=np.int64)
+    n = np.array([g.n for g in groups], dtype=np.int64)
+    for classes in distinct([d.ravel() for d in dims]):
+        c = classes[classes >= 0]
+        c = c[(governing.row_group[c] >= 0) & (governing.unit_group[c] >= 0)]
+        if not len(c):
+            continue
+        row, group = governing.row_group[c], governing.unit_group[c]
+        column = governing.unit_channel[c] % width[group]
+        cells = np.stack([row, group, governing.row_channel[c], column])
+        found, times = np.unique(cells, axis=1, return_counts=True)
+        pairs, which = np.unique(found[:2], axis=1, return_inverse=True)
+        ends = [np.zeros(pairs.shape[1], dtype=np.int64) for _ in range(2)]
+        np.add.at(ends[0], which.ravel(), 1)
+        np.maximum.at(ends[1], which.ravel(), times)
+        whole = n[pairs[0]] * width[pairs[1]]
+        uneven = np.bincount(which.ravel(), times) != whole * ends[1]
+        bad |= set(pairs[0][uneven | (ends[0] != whole)].tolist())
+    return tuple(
+        replace(g, locked=UNEVEN) if i in bad and g.locked is None else g
+        for i, g in enumerate(groups)
+    )
 
 
 def _random_keep(group: ChannelGroup, rng: np.random.Generator) -> BoolArray:
