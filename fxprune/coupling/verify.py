@@ -144,8 +144,8 @@ def evened(
 ) -> tuple[ChannelGroup, ...]:
     """The groups, with rows locked of which some dim does not hold every column equally often.
 
-    ``dims``: classes [P, Q] of parameter dims and of the dims of products, -1 where fixed. Kept rows
-    times kept columns is the size of a dim only if it holds the whole block.
+    ``dims``: classes [P, Q] of parameter dims and of the dims of products, -1 where fixed. The size
+    of a dim is kept rows times kept columns only if it holds the whole block.
     """
     bad: set[int] = set()
     width = np.array([g.width for g in groups], dtype=np.int64)
