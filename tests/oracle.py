@@ -94,8 +94,9 @@ def _source(node: fx.Node) -> str:
 def _over_kept(
     x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> Tensor:
-    dims = tuple(range(-keep.dim(), 0))
-    count = keep.sum()
+    """``keep``: over the normalised dims, or over the last one where it has as many dims as ``x``."""
+    dims = (-1,) if keep.dim() == x.dim() else tuple(range(-keep.dim(), 0))
+    count = keep.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * keep).sum(dims, keepdim=True) / count if centre else 0.0
     var = ((x - mean) ** 2 * keep).sum(dims, keepdim=True) / count
     y = (x - mean) * torch.rsqrt(var + (torch.finfo(x.dtype).eps if eps is None else eps))
@@ -133,13 +134,15 @@ def _bare_norms(traced: Traced, mask: np.ndarray) -> dict[str, Tensor]:
         if kind is None:
             continue
         x = traced.coupling.values[node.args[0].name]
-        along = [1] if kind in ("GroupNorm", "group_norm") else [len(x.shape) - 1]
-        keep = torch.ones([s if d in along else 1 for d, s in enumerate(x.shape)]).bool()
+        grouped = kind in ("GroupNorm", "group_norm")
+        along = 1 if grouped else len(x.shape) - 1
+        keep = torch.ones([s if d == along else 1 for d, s in enumerate(x.shape)]).bool()
         for f in x.fields:
             kept = torch.from_numpy(mask[traced.coupling.cls[f]])
-            assert all(s == 1 or d in along for d, s in enumerate(kept.shape)), "labels elsewhere"
+            elsewhere = any(s > 1 and d != along for d, s in enumerate(kept.shape))
+            assert not (grouped and elsewhere), "labels elsewhere"
             keep = keep & kept
-        found[node.name] = keep.flatten()
+        found[node.name] = keep.flatten() if grouped else keep
     return found
 
 
