@@ -94,7 +94,7 @@ def _source(node: fx.Node) -> str:
 def _over_kept(
     x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> Tensor:
-    """``keep``: over the normalised dims, or over the last one where it has as many dims as ``x``."""
+    """``keep``: of the normalised dims; of the last one where it has as many dims as ``x``."""
     dims = (-1,) if keep.dim() == x.dim() else tuple(range(-keep.dim(), 0))
     count = keep.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * keep).sum(dims, keepdim=True) / count if centre else 0.0
