@@ -6,34 +6,24 @@ attributes are read off the new parameters, and constants of the graph are rewri
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
+from fxprune.agreement import agree
 from fxprune.assembly import assembled, attributes, targets
 from fxprune.copies import copied, twin
-from fxprune.inputs import longer
-from fxprune.isolate import uncompiled
 from fxprune.leaves import fit, is_leaf
 from fxprune.parametrized import settle, source
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
-from fxprune.trees import tensors as tensors_in
 from fxprune.types import PrunePlan
 
-_SOME = 4096  # elements of a tensor that are compared
-_NEAR = 200  # times the rounding error of the dtype, and of its norm
 _OWN = "computes what the class does not"
 
 
@@ -217,104 +207,5 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own = module.__dict__
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
-    runs = _Runs(model, functools.partial(traced.captured.given.call, model), pruned)
-    with uncompiled():  # what the user compiled need not be, here
-        same = all(runs.same(x) for x in _batches(pruned, traced.example_inputs))
-    return model if same else None
-
-
-def _batches(graph: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The example inputs, and one sample more where the graph takes that.
-
-    A class with fixed sizes may happen to run at one batch size and fail at the next.
-    """
-    more = longer(inputs)
-    return [inputs, more] if _outputs(_positional(graph), more) is not None else [inputs]
-
-
-def _positional(graph: nn.Module) -> Call:
-    return lambda inputs: graph.forward(*inputs)  # __call__ would print what it raises
-
-
-Call = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """The user's class and the graph, side by side.
-
-    Equal outputs are not enough: behind a softmax or a norm of few channels another order of the
-    channels may hardly show. So what enters each leaf module is compared too.
-    """
-
-    model: nn.Module
-    call: Call
-    graph: nn.Module
-
-    def same(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether the class gives what the graph gives, where the graph gives something."""
-        with _entering(self.model) as first:
-            x = _outputs(self.call, inputs)
-        with _entering(self.graph) as second:
-            y = _outputs(_positional(self.graph), inputs)
-        if x is None or y is None or len(x) != len(y):
-            return False
-        equal = (
-            p.shape == q.shape and torch.allclose(p, q, rtol=1e-4, atol=1e-5, equal_nan=True)
-            for p, q in zip(x, y, strict=True)
-        )
-        return all(equal) and all(
-            _alike(first[path], second[path]) for path in first.keys() & second.keys()
-        )
-
-
-_Trace = list[tuple[float, float, float]]
-
-
-@contextmanager
-def _entering(model: nn.Module) -> Iterator[dict[str, _Trace]]:
-    """Path of each leaf module -> numbers for each tensor that has entered it."""
-    paths = {id(m): name for name, m in model.named_modules() if is_leaf(m)}
-    found: dict[str, _Trace] = defaultdict(list)
-
-    def note(module: nn.Module, args: Any) -> None:
-        path = paths.get(id(module))
-        if path is not None and args and isinstance(args[0], Tensor):
-            found[path].append(_numbers(args[0]))
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def _numbers(x: Tensor) -> tuple[float, float, float]:
-    """(a weighted sum that knows the order of the elements, the norm, how near is near)."""
-    if x.device.type == "meta" or not x.is_floating_point() or not x.numel():
-        return 0.0, 0.0, 0.0
-    flat = x.detach().reshape(-1)
-    some = flat[:: max(1, len(flat) // _SOME)].double()
-    weights = torch.arange(len(some), dtype=torch.float64, device=x.device).mul(0.7).cos()
-    near = min(max(_NEAR * torch.finfo(x.dtype).eps, 1e-9), 0.02)
-    return float(some @ weights), float(some.norm()), near
-
-
-def _alike(a: _Trace, b: _Trace) -> bool:
-    if len(a) != len(b):
-        return True  # one of them takes some calls together
-    return all(
-        not abs(p[0] - q[0]) > max(p[2], q[2]) * (p[1] + q[1]) for p, q in zip(a, b, strict=True)
-    )
-
-
-def _outputs(call: Call, inputs: tuple[Any, ...]) -> list[Tensor] | None:
-    """All tensors that a call gives; None where it does not run."""
-    rng = torch.get_rng_state()
-    try:
-        with torch.no_grad():
-            return tensors_in(call(copy.deepcopy(inputs)))
-    except Exception:  # noqa: BLE001 - any failure means: it cannot run like this
-        return None
-    finally:
-        torch.set_rng_state(rng)
+    call = functools.partial(traced.captured.given.call, model)
+    return model if agree(model, call, pruned, traced.example_inputs) else None

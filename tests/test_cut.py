@@ -8,6 +8,7 @@ from checks import assert_right
 from oracle import oracle_error, random_plan, randomise
 from patterns_attention import FusedChunk, FusedIndexed, PackedAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.cut import as_user_class, cut
@@ -282,3 +283,33 @@ def test_the_users_class_must_put_the_same_into_its_layers() -> None:
     assert torch.allclose(pruned(x), pruned(x + 1), atol=1e-4)  # the outputs tell little
     assert as_user_class(traced, plan, pruned) is None
     assert oracle_error(traced, plan, pruned, (x,)) < 1e-5
+
+
+class Weak(nn.Module):
+    """Attention that weights all tokens alike: the number of heads does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        for layer in (self.q, self.k):
+            nn.init.normal_(layer.weight, std=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+def test_the_users_class_must_agree_with_stronger_weights_too() -> None:
+    """Half of the columns of each head go: the class would run with half of the heads."""
+    torch.manual_seed(0)
+    x, weak = torch.randn(2, 5, 8), Weak()
+    traced = trace(weak, x)
+    columns = {g.name: g for g in traced.groups if g.locked is None and g.rows == 2}
+    plan = PrunePlan({name: tuple(c for c in range(8) if c % 4 < 2) for name in columns})
+    pruned = cut(traced, plan)
+    before = {k: v.clone() for k, v in pruned.state_dict().items()}
+    assert as_user_class(traced, plan, pruned) is None
+    assert all(torch.equal(v, before[k]) for k, v in pruned.state_dict().items())
+    assert oracle_error(traced, plan, pruned, (x,)) < 1e-5
+    nn.init.normal_(weak.q.weight)
+    assert as_user_class(traced, traced.full_plan(), cut(traced, traced.full_plan())) is not None

@@ -29,6 +29,7 @@ ORDER = [
         "rewrite",
         "indexing",
         "reductions",
+        "agreement",
         "cut",
         "extend",
     ),
