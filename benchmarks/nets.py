@@ -1,6 +1,6 @@
 """Small nets for Fashion-MNIST and digits, and their training: for the benchmarks of quality.
 
-A VGG-like net, ResNet-20 and a MobileNetV2-like net, all with batch normalisation.
+A VGG-like net, ResNet-20 and a MobileNetV2-like net, with batch normalisation; a small ViT.
 
 Legend for shapes: N images, C channels, H x W pixels.
 """
@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from fxprune.data import load_data
 
-EPOCHS = {"vgg": 4, "resnet20": 8, "mobilenet": 4}  # on Fashion-MNIST
+EPOCHS = {"vgg": 4, "resnet20": 8, "mobilenet": 4, "vit": 5}  # on Fashion-MNIST
 QUICK_EPOCHS = 24  # on digits
+RATES = {"mobilenet": 0.05, "vit": 3e-3}  # of training; others: 0.1
 
 # --- nets -------------------------------------------------------------------------------------
 
@@ -85,8 +86,56 @@ def mobilenet() -> nn.Module:
     return nn.Sequential(*layers, conv(64, 160, 1), nn.ReLU6(), *head(160))
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / 4).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.before, self.attend = nn.LayerNorm(width), SelfAttention(width, heads)
+        self.between = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.before(x))
+        return x + self.mlp(self.between(x))
+
+
+class Transformer(nn.Module):
+    """Patches, a class token, learned positions."""
+
+    def __init__(self, size: int, patch: int, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.places = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
+        self.layers = nn.Sequential(*[Layer(width, heads) for _ in range(4)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x).flatten(2).transpose(1, 2)
+        y = torch.cat([self.token.expand(y.shape[0], -1, -1), y], 1) + self.places
+        return self.head(self.norm(self.layers(y))[:, 0])
+
+
+def vit(size: int = 28) -> nn.Module:
+    """Patches of 4 x 4 pixels, or 2 x 2 where the image is small; 4 layers, 4 heads of 16."""
+    return Transformer(size, max(2, size // 7))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "vgg": vgg, "resnet20": resnet20, "mobilenet": mobilenet,
+    "vgg": vgg, "resnet20": resnet20, "mobilenet": mobilenet, "vit": vit,
 }  # fmt: skip
 
 
@@ -103,12 +152,18 @@ def images_of(spec: str, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, flip: bool, rate: float) -> None:
-    """SGD with one cycle of the learning rate; shifts of 2 pixels, mirrored where ``flip``."""
+    """One cycle of the learning rate; shifts of 2 pixels, mirrored where ``flip``.
+
+    SGD; AdamW for the transformer.
+    """
     net.train()
     net.to(memory_format=torch.channels_last)
     size = 128 if len(x) > 5000 else 64
     steps = epochs * (len(x) // size)
-    optimizer = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True)
+    if isinstance(net, Transformer):
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), rate)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.25)
     height, width = x.shape[2:]
     reach = max(1, height // 14)
@@ -143,11 +198,11 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 def trained(name: str, spec: str, epochs: int, cache: Path, x: Tensor, y: Tensor) -> nn.Module:
     """The net with trained weights, from the cache where they are there."""
     torch.manual_seed(0)
-    net = NETS[name]()
+    net = vit(x.shape[-1]) if name == "vit" else NETS[name]()
     file = cache / f"{name}-{spec}-{epochs}.safetensors"
     if not file.exists():
         start = time.perf_counter()
-        train(net, x, y, epochs, flip=spec != "digits", rate=0.05 if name == "mobilenet" else 0.1)
+        train(net, x, y, epochs, flip=spec != "digits", rate=RATES.get(name, 0.1))
         cache.mkdir(parents=True, exist_ok=True)
         save_file(net.state_dict(), file)
         print(f"{name}: {epochs} epochs in {time.perf_counter() - start:.0f} s", flush=True)

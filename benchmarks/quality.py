@@ -214,9 +214,13 @@ def torch_pruned(case: Case, budget: float, kind: str) -> tuple[nn.Module, float
         if kind == "Taylor":
             for images, labels in case.labelled:
                 nn.functional.cross_entropy(net(images), labels).backward()
-        ignored = [m for m in net.modules() if isinstance(m, nn.Linear)]
+        head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+        heads = {m.qkv: m.heads for m in net.modules() if isinstance(m, nets.SelfAttention)}
         pruner = pruners.get(kind, tp.pruner.MagnitudePruner)
-        pruner(net, x, IMPORTANCES[kind](), pruning_ratio=ratio, ignored_layers=ignored).step()
+        pruner(
+            net, x, IMPORTANCES[kind](), pruning_ratio=ratio, ignored_layers=[head],
+            num_heads=heads,
+        ).step()  # fmt: skip
         share = macs_of(net, x) / whole
         if share <= budget:
             high = ratio

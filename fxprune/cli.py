@@ -170,8 +170,12 @@ def _prune_parser(commands: Any) -> None:
         "--repair", default="lstsq", help="lstsq, distill, bn or none; default: %(default)s"
     )
     prune.add_argument(
-        "--distill-steps", type=int, default=300, metavar="N", help="of --repair distill"
+        "--distill-steps", type=int, metavar="N", help="of --repair distill; default: some minutes"
     )
+    prune.add_argument(
+        "--distill-samples", type=int, default=0, metavar="N",
+        help="of --repair distill, where more than --calibration-samples",
+    )  # fmt: skip
     prune.add_argument("--steps", type=int, default=1, metavar="N", help="rounds of pruning")
     prune.add_argument(
         "--round-to",
@@ -347,7 +351,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         flags = ", ".join(f"--{m}" for m in _BUDGETS)
         raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
     bounds(Budget(**budget))
-    distillation = Distillation(steps=args.distill_steps)
+    distillation = Distillation(steps=args.distill_steps, samples=args.distill_samples)
     return {
         "budget": Budget(**budget),
         "criterion": args.criterion,

@@ -47,11 +47,13 @@ class Calibration:
     batches   tuples with the model's inputs, each [N, ...] as the example inputs
     samples   sum of N
     random    True: no data was given, these are random inputs
+    more      batches with further samples, where those were asked for
     """
 
     batches: tuple[Batch, ...]
     samples: int
     random: bool = False
+    more: tuple[Batch, ...] = ()
 
     @property
     def note(self) -> str:
@@ -70,8 +72,11 @@ def calibration_batches(
     limit: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    more: int = 0,
 ) -> Calibration:
     """At most ``limit`` samples of ``data`` in batches of at most ``batch_size``.
+
+    more: how many further samples to read, where there are so many.
 
     data: an iterable of inputs, (inputs, targets), tuples or dicts of inputs; one array or tensor
     [N, ...]; or None for random inputs. It is iterated once, and no further than needed.
@@ -95,32 +100,41 @@ def calibration_batches(
     if isinstance(data, (Tensor, np.ndarray)):
         data = [data]
     found: list[Batch] = []
-    samples = 0
+    samples, within, whole = 0, 0, limit + more
     with _untouched(data, seed):
         for i, item in enumerate(guarded(data)):
             batch = check_batch(select(item, given, i), given.values, i)
-            for part in _split(batch, min(batch_size, limit - samples), limit - samples):
+            for part in _split(batch, batch_size, samples, (limit, whole)):
                 found.append(part)
+                within += samples < limit
                 samples += samples_of(part)
-            if samples >= limit:
+            if samples >= whole:
                 break
     if not samples:
         raise DataError(
             "the data yields no samples; give an iterable with at least one batch (a generator "
             "that was used before is empty)"
         )
-    return Calibration(tuple(found), samples)
+    first = tuple(found[:within])
+    return Calibration(first, sum(samples_of(b) for b in first), more=tuple(found[within:]))
 
 
-def _split(batch: Batch, size: int, left: int) -> Iterator[Batch]:
-    """Parts of at most ``size`` samples, ``left`` in all; copies, since loaders reuse memory."""
+def _split(batch: Batch, size: int, before: int, ends: tuple[int, int]) -> Iterator[Batch]:
+    """Parts of at most ``size`` samples; copies, since loaders reuse memory.
+
+    ``before`` samples are there already; no part goes over one of the ``ends``, the last of which
+    is the end of all.
+    """
     if not divisible(batch):
         yield tree_map_only(Tensor, torch.clone, batch)
         return
-    n = min(samples_of(batch), left)
-    for start in range(0, n, size):
-        part = part_of(batch, slice(start, min(start + size, n)))
+    n, start = min(samples_of(batch), ends[-1] - before), 0
+    while start < n:
+        end = next(e for e in ends if e > before + start)
+        stop = min(start + size, n, end - before)
+        part = part_of(batch, slice(start, stop))
         yield tree_map_only(Tensor, torch.clone, part)
+        start = stop
 
 
 def guarded(data: Iterable[Any]) -> Iterator[Any]:

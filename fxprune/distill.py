@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ from fxprune.traced import Traced
 from fxprune.types import PrunePlan
 
 WARM_UP = 0.05  # of the steps, for a linear rise of the learning rate; a cosine takes it to zero
+WORK = 2.5e12  # multiply-adds of the original in all steps together, where no number is given
+FEWEST_STEPS, MOST_STEPS = 300, 2000  # then
 SPREAD_SAMPLES = 256  # on which the size of the outputs' loss is told
 GRADIENT_NORM = 1.0  # longer gradients are clipped
 RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried where none is given, until one is borne
@@ -51,7 +53,8 @@ LEAST_SIZE = 0.01  # of the median size: smaller tensors (a bias of zeros) move 
 class Distillation:
     """Options of ``repair="distill"``; give it as ``repair=Distillation(steps=1000)``.
 
-    steps       of the optimiser, each one batch
+    steps       of the optimiser, each one batch; None: 300 to 2,000, as many as take some minutes
+                on one core (by the original's multiply-adds, so always the same number)
     lr          highest rate of Adam, relative: the share of its own size (root mean square) that a
                 tensor moves in one step; None: the largest that a short run bears
     batch_size  samples of each step
@@ -59,20 +62,27 @@ class Distillation:
     mix         share of the batches that are mixtures of two samples; inputs of whole numbers
                 (tokens) are never mixed
     checks      how often the held-out samples are measured
+    samples     to learn from, where the data has so many; those beyond ``calibration_samples`` are
+                for the distillation alone. More of them cost no more steps. 0: those of the repair
     """
 
-    steps: int = 300
+    steps: int | None = None
     lr: float | None = None
     batch_size: int = 32
     features: float = 1.0
     mix: float = 0.75
     checks: int = 10
+    samples: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checks"):
+        for name, least in (("steps", 1), ("batch_size", 1), ("checks", 1), ("samples", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SpecError(f"distillation: {name} must be a whole number from 1, got {value}")
+            if name == "steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SpecError(
+                    f"distillation: {name} must be a whole number from {least}, got {value}"
+                )
         for name, most in (("lr", math.inf), ("features", math.inf), ("mix", 1.0)):
             value = getattr(self, name)
             if name == "lr" and value is None:
@@ -80,6 +90,13 @@ class Distillation:
             if not isinstance(value, (int, float)) or not 0 <= value <= most or value == math.inf:
                 limit = "" if most == math.inf else f" and at most {most:g}"
                 raise SpecError(f"distillation: {name} must be at least 0{limit}, got {value}")
+
+    def counted(self, macs: float) -> Distillation:
+        """With a number of steps; ``macs``: multiply-adds of the original for one sample."""
+        if self.steps is not None:
+            return self
+        fitting = int(WORK / max(1.0, macs * self.batch_size))
+        return replace(self, steps=min(max(fitting, FEWEST_STEPS), MOST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,8 @@ def distill(
     Deterministic for a seed; global RNG states and ``requires_grad`` are put back.
     Raises DataError where there is no sample.
     """
-    o = options or Distillation()
+    given = traced.captured.given.values
+    o = (options or Distillation()).counted(traced.cost().macs / max(1, samples_of(given)))
     inputs = some(batches, 1 << 62)
     with rng_kept(seed), evaluating(traced.graph_module), evaluating(module):
         run = _Run(traced, plan, module, o, inputs)
@@ -233,6 +251,8 @@ class _Run:
         self.teacher = tapped(traced.graph_module, names)
         self.student = tapped(module, names)
         self.module, self.o = module, o
+        assert o.steps is not None, "counted"
+        self.steps = o.steps
         self.cannot = ""  # why outputs cannot be compared, where they cannot
         self.spread = self._spread(traced, some(inputs, SPREAD_SAMPLES))
         self.best = self._state()
@@ -273,16 +293,17 @@ class _Run:
     ) -> DistillReport:
         """``samples()`` starts the same batches anew."""
         o, start = self.o, time.perf_counter()
-        self.task = shown.add_task("distill", total=o.steps, note="")
+        steps = self.steps
+        self.task = shown.add_task("distill", total=steps, note="")
         self.shown, self.note = shown, ""
         before = measure(self.module)
         rates = RATES if o.lr is None else (o.lr,)
         trials = self._trials(rates, samples, measure, before) if len(rates) > 1 else {}
         rate = next(reversed(trials), rates[0])
         curve, best, step = [(0, before)], (0, before), 0
-        every = max(1, o.steps // o.checks)
-        for step, _ in self._descend(rate, o.steps, samples()):
-            if step % every == 0 or step == o.steps:
+        every = max(1, steps // o.checks)
+        for step, _ in self._descend(rate, steps, samples()):
+            if step % every == 0 or step == steps:
                 curve.append((step, measure(self.module)))
                 if curve[-1][1] < best[1]:
                     best = curve[-1]
@@ -305,8 +326,8 @@ class _Run:
 
         Until one is borne, which is the last. The module is as before.
         """
-        steps = max(1, round(TRIAL * self.o.steps))
-        self.shown.update(self.task, total=self.o.steps + len(rates) * steps)
+        steps = max(1, round(TRIAL * self.steps))
+        self.shown.update(self.task, total=self.steps + len(rates) * steps)
         found: dict[float, float] = {}
         for rate in rates:
             first, torn = math.inf, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -21,7 +21,14 @@ from fxprune.types import PrunePlan
 
 REPAIRS = ("lstsq", "distill", "bn")
 Measure = Callable[[fx.GraphModule], float]
-Batches = tuple[list[Any], list[Any]]  # those for the repair, those that are held out
+
+
+class Batches(NamedTuple):
+    """Those for the repair, those that are held out, and more for the distillation alone."""
+
+    seen: list[Any]
+    held_out: list[Any]
+    more: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Mending:
         if repair is not None and repair not in REPAIRS:
             raise unknown("repair", str(repair), REPAIRS)
         return cls(repair, Distillation(), seed, progress)
+
+    @property
+    def samples(self) -> int:
+        """How many the distillation asks for; 0: those of the repair."""
+        return self.distillation.samples if self.kind == "distill" else 0
 
     @property
     def linear(self) -> bool:
@@ -110,7 +122,7 @@ class Mending:
         measure: Measure,
     ) -> dict[str, Any]:
         """All but the distillation."""
-        seen, held_out = batches
+        seen, held_out, _ = batches
         outcome = None
         if isinstance(mend, LeastSquares):
             outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
@@ -137,8 +149,8 @@ class Mending:
         if self.kind != "distill":
             return {}
         found = distill(
-            traced, plan, gm, batches[0], measure, self.distillation, seed=self.seed,
-            progress=self.progress,
+            traced, plan, gm, [*batches.seen, *batches.more], measure, self.distillation,
+            seed=self.seed, progress=self.progress,
         )  # fmt: skip
         clock.lap("distill")
         return {"distill": found.to_dict()}

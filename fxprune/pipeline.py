@@ -28,7 +28,7 @@ from fxprune.fitness import FinalFitness, KLFitness, Repair
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept, uncompiled
 from fxprune.latency import Keeper, Target
-from fxprune.mending import Mending
+from fxprune.mending import Batches, Mending
 from fxprune.observe import Statistics, observe
 from fxprune.progress import Clock
 from fxprune.repair import LeastSquares
@@ -141,14 +141,16 @@ def prune(
     with rng_kept(), uncompiled():  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
-        calibration = _calibration(data, traced, calibration_samples, seed)
+        calibration = _calibration(data, traced, calibration_samples, options)
         with _keeper(traced, options, clock) as keeper:
             return _pruned(model, traced, calibration, options, evaluate, keeper, clock)
 
 
-def _calibration(data: Any, traced: Traced, samples: int, seed: int) -> Calibration:
+def _calibration(data: Any, traced: Traced, samples: int, o: _Options) -> Calibration:
     limit = samples if data is not None else min(samples, RANDOM_SAMPLES)
-    calibration = calibration_batches(data, traced.captured.given, limit=limit, seed=seed)
+    more = max(0, o.mending.samples - limit)
+    given = traced.captured.given
+    calibration = calibration_batches(data, given, limit=limit, seed=o.seed, more=more)
     if calibration.random:
         warnings.warn(
             "no calibration data: random inputs are used; give data= for a ranking and a "
@@ -184,7 +186,8 @@ def _pruned(
     clock.lap("allocate")
     gm = cut(traced, plan)
     clock.lap("cut")
-    told = o.mending.run(traced, plan, gm, mend, (seen, held_out), measure, clock)
+    batches = Batches(seen, held_out, calibration.more)
+    told = o.mending.run(traced, plan, gm, mend, batches, measure, clock)
     made = _result(model, traced, plan, gm, calibration, told, clock)
     if keeper is not None:
         made.report["latency"] = keeper.report(gm, plan, problem)
@@ -303,7 +306,7 @@ def _in_rounds(
     clock = Clock()
     with rng_kept(), uncompiled():  # many widths, each for a moment
         traced = trace(model, example_inputs).excluding(given["exclude"])
-        calibration = _calibration(data, traced, given["calibration_samples"], given["seed"])
+        calibration = _calibration(data, traced, given["calibration_samples"], o)
         seen, held_out = _split(calibration.batches)
         near = given["evaluate"] or Near(traced, held_out)
         measure = _loss(near)
@@ -328,7 +331,7 @@ def _in_rounds(
         plan = compose(traced, [(r.analysis, r.plan) for r in done], done[-1].plan.meta)
         gm = transplanted(traced, plan, done[-1].graph_module)
         statistics = _statistics(traced, o, seen) if tune is None else None
-        batches = (seen, held_out)
+        batches = Batches(seen, held_out, calibration.more)
         told = o.mending.again(traced, plan, gm, statistics, batches, measure, clock)
         told["rounds"] = rounds_told(done)
         made = _result(model, traced, plan, gm, calibration, told, clock)

@@ -311,3 +311,13 @@ def test_nested_batches_are_divided_together() -> None:
     assert torch.equal(second[1], c[3:])
     with pytest.raises(DataError, match="give equally many"):
         calibration_batches([({"a": a, "b": b[:2]}, c)], given)
+
+
+@pytest.mark.parametrize("batch", [5, 16, 40])
+def test_further_samples_follow_the_first(batch: int) -> None:
+    x = images(40)
+    made = calibration_batches(x.split(batch), EXAMPLE, limit=12, batch_size=8, more=20)
+    assert made.samples == 12 and torch.equal(joined(made), x[:12])
+    assert torch.equal(torch.cat([b[0] for b in made.more]), x[12:32])
+    assert max(len(b[0]) for b in (*made.batches, *made.more)) <= 8
+    assert calibration_batches(x, EXAMPLE, limit=50, more=20).more == ()

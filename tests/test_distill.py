@@ -344,3 +344,34 @@ def test_prune_with_distill() -> None:
     assert told["kind"] == "distill" and told["distill"]["fitness"]["after"] > 0
     small, graph = result.model.eval(), result.graph_module.eval()
     torch.testing.assert_close(small(held), graph(held))
+
+
+def test_further_samples_are_for_the_distillation_alone() -> None:
+    data = [images(16, s) for s in range(8)]
+    seen: list[Tensor] = []
+
+    def run(samples: int) -> fxprune.PruneResult:
+        return fxprune.prune(
+            net(), data[0][:1], 0.3, data, repair=Distillation(steps=2, samples=samples),
+            progress=False, allocation="uniform", calibration_samples=40, round_to=1,
+        )  # fmt: skip
+
+    def spied(traced: Any, plan: Any, module: Any, batches: Any, *rest: Any, **more: Any) -> Any:
+        seen.extend(b[0] for b in batches)
+        return distill(traced, plan, module, batches, *rest, **more)
+
+    plain = run(0).report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxprune.mending.distill", spied)
+        report = run(100).report
+    assert plain["samples"] == report["samples"] == 40
+    assert plain["repair"]["fitness"] == report["repair"]["fitness"]
+    # of 16, 16 and 8 calibration samples the last batch is held out; then 60 that follow them
+    given = torch.cat(data)
+    torch.testing.assert_close(torch.cat(seen), torch.cat([given[:32], given[40:100]]))
+
+
+@pytest.mark.parametrize(("macs", "steps"), [(1e3, 2000), (1e8, 781), (1e12, 300)])
+def test_the_number_of_steps_follows_from_the_work(macs: float, steps: int) -> None:
+    assert Distillation().counted(macs).steps == steps
+    assert Distillation(steps=7).counted(macs).steps == 7
