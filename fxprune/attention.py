@@ -21,12 +21,18 @@ _SHARED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", 
 
 @dataclass(frozen=True)
 class Attention:
-    """The weights of one attention: ``inside`` [3E, E] or three of them; biases may be None."""
+    """The weights of one attention: ``inside`` [3E, E] or three of them; biases may be None.
+
+    scale     of the scores
+    outside   rows of ``inside`` that are values, those of queries and of keys being alike
+    """
 
     heads: int
     inside: Tensor | tuple[Tensor, Tensor, Tensor]
     bias: Tensor | None
     dropout: float
+    scale: Any
+    outside: int
     batch_first: bool = False
 
     def weigh(
@@ -41,15 +47,12 @@ class Attention:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        width = q.shape[-1] // self.heads
-        q = q.unflatten(-1, (self.heads, width)).transpose(1, 2)
-        k = k.unflatten(-1, (self.heads, width)).transpose(1, 2)
-        v = v.unflatten(-1, (self.heads, width)).transpose(1, 2)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         added = self._mask(mask[0], mask[1], q)
         if not wanted:
-            out = F.scaled_dot_product_attention(q, k, v, added, self.dropout, scale=width**-0.5)
+            out = F.scaled_dot_product_attention(q, k, v, added, self.dropout, scale=self.scale)
             return out.transpose(1, 2).flatten(2), None
-        scores = (q * width**-0.5) @ k.transpose(-2, -1)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
         weights = (scores if added is None else scores + added).softmax(-1)
         out = F.dropout(weights, self.dropout, self.dropout > 0) @ v
         return out.transpose(1, 2).flatten(2), weights
@@ -67,11 +70,16 @@ class Attention:
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inside, bias = self.inside, self.bias
         if not isinstance(inside, tuple) and query is key and key is value:
-            q, k, v = F.linear(query, inside, bias).chunk(3, dim=-1)
+            q, k, v = F.linear(query, inside, bias).split(self._parts(inside), -1)
             return q, k, v
-        wq, wk, wv = inside if isinstance(inside, tuple) else inside.chunk(3)
-        bq, bk, bv = (None, None, None) if bias is None else bias.chunk(3)
+        wq, wk, wv = inside if isinstance(inside, tuple) else inside.split(self._parts(inside))
+        bq, bk, bv = (None, None, None) if bias is None else bias.split(self._parts(bias))
         return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+
+    def _parts(self, t: Tensor) -> list[int]:
+        """Sizes of the queries', keys' and values' parts of ``t``."""
+        inner = (t.shape[0] - self.outside) // 2
+        return [inner, inner, self.outside]
 
     def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
         """One additive mask that broadcasts against [N, heads, L, S], or None."""
@@ -108,6 +116,7 @@ class TraceableAttention(nn.Module):
         self.batch_first, self.dropout = source.batch_first, source.dropout
         self._qkv_same_embed_dim = source._qkv_same_embed_dim  # nn.TransformerEncoderLayer asks
         self.kdim, self.vdim, self.head_dim = source.kdim, source.vdim, source.head_dim
+        self.scale = source.head_dim**-0.5
         self.bias_k = self.bias_v = None
         for name in _SHARED:
             self.register_parameter(name, getattr(source, name))
@@ -139,7 +148,8 @@ class TraceableAttention(nn.Module):
         three = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         core = Attention(
             self.num_heads, self.in_proj_weight if self._qkv_same_embed_dim else three,
-            self.in_proj_bias, self.dropout if self.training else 0.0, self.batch_first,
+            self.in_proj_bias, self.dropout if self.training else 0.0, self.scale,
+            self.out_proj.in_features, self.batch_first,
         )  # fmt: skip
         out, weights = core.weigh(query, key, value, (attn_mask, key_padding_mask), need_weights)
         return core.shaped(self.out_proj(out), weights, query.dim() == 3, average_attn_weights)
@@ -155,9 +165,10 @@ def in_operations(*args: Any, **kwargs: Any) -> Any:
         return _TORCHS[0](*args, **kwargs)
     split = a["use_separate_proj_weight"]
     three = (a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"])
+    heads, embed = a["num_heads"], a["out_proj_weight"].shape[1]
     core = Attention(
-        a["num_heads"], three if split else a["in_proj_weight"], a["in_proj_bias"],
-        a["dropout_p"] if a["training"] else 0.0,
+        heads, three if split else a["in_proj_weight"], a["in_proj_bias"],
+        a["dropout_p"] if a["training"] else 0.0, (embed // heads) ** -0.5, embed,
     )  # fmt: skip
     query = a["query"]
     masks = a["attn_mask"], a["key_padding_mask"]

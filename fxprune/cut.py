@@ -18,6 +18,7 @@ from fxprune.agreement import agree
 from fxprune.assembly import assembled, attributes, targets
 from fxprune.copies import copied, twin
 from fxprune.leaves import fit, is_leaf
+from fxprune.mirrors import changed_numbers, mirror
 from fxprune.parametrized import settle, source
 from fxprune.rewrite import Rewriter
 from fxprune.sizes import Sizes
@@ -208,4 +209,7 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
     call = functools.partial(traced.captured.given.call, model)
-    return model if agree(model, call, pruned, traced.example_inputs) else None
+    if agree(model, call, pruned, traced.example_inputs):
+        return model
+    followed = mirror(model, changed_numbers(traced.captured.graph_module.graph, pruned.graph))
+    return model if followed and agree(model, call, pruned, traced.example_inputs) else None

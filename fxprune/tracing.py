@@ -65,6 +65,7 @@ _METHODS = (
 )  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _OURS = ("torch.fx", "fxprune")  # modules whose frames are not the model's
+WITHIN = "within"  # of a node's meta: the path of the module in whose forward it was made
 _OF_VALUES = ("tensor", "as_tensor", "finfo", "iinfo")  # recorded where a traced value goes in
 
 
@@ -82,7 +83,7 @@ class ConcreteTracer(fx.Tracer):
         self.inputs, self.whole = inputs, whole
         self.recorder = Recorder()
         self.proxy_buffer_attributes = True
-        self.running = False
+        self.running, self.within = False, ""
         self.failed: tuple[str, Exception] | None = None
         self.dropped: dict[str, str] = {}
         self.names: dict[int, str] = {}
@@ -118,6 +119,7 @@ class ConcreteTracer(fx.Tracer):
         path = self.paths.get(m)
         if path is None:  # made in forward, or hidden in a plain list
             return forward(*args, **kwargs)
+        outer, self.within = self.within, path
         try:
             if self.is_leaf_module(m, path):
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -126,6 +128,8 @@ class ConcreteTracer(fx.Tracer):
             if self.failed is None:
                 self.failed = (path, error)
             raise
+        finally:
+            self.within = outer
 
     def create_node(
         self,
@@ -136,8 +140,10 @@ class ConcreteTracer(fx.Tracer):
         name: Any = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """A node; where in the model it was made (fx's scopes and stacks) is not asked here."""
-        return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        """A node that knows the module in whose forward it was made, instead of fx's stacks."""
+        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta[WITHIN] = self.within
+        return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = None if self.running else self.names.get(id(attr_val))

@@ -30,6 +30,7 @@ ORDER = [
         "indexing",
         "reductions",
         "agreement",
+        "mirrors",
         "cut",
         "extend",
     ),
