@@ -46,7 +46,7 @@ RANDOM_SAMPLES = 64  # where there is no data: more random inputs tell no more
 class PruneResult:
     """What :func:`prune` gives.
 
-    model         smaller model: the user's own class where it runs unchanged, else the GraphModule
+    model         smaller model: the user's own class where it runs so, else the GraphModule
     graph_module  the same as an fx.GraphModule
     traced        the unpruned GraphModule it came from, a copy with the same parameter names
     analysis      the traced model with its groups and cost model
