@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
-from fxprune.agreement import agree
+from fxprune.agreement import agree, runs_in_training
 from fxprune.assembly import assembled, attributes, targets
 from fxprune.copies import copied, twin
 from fxprune.leaves import fit, is_leaf
@@ -65,13 +65,7 @@ def _add_unused(
 
     tensors: id of each one that it does use -> its new tensor, which other names of it share
     """
-    made = dict(tensors)
-    used = {
-        f"{path}.{atom}" if path else atom
-        for path, module in source.named_modules(remove_duplicate=False)
-        for own in (module._parameters, module._buffers)
-        for atom, _ in own.items()
-    }
+    made, used = dict(tensors), _tensors_of(source)
     for path, module in base.named_modules():
         own = [*module._parameters.items(), *module._buffers.items()]
         for atom, t in own:
@@ -92,6 +86,16 @@ def _add_unused(
             else:
                 persistent = atom not in module._non_persistent_buffers_set
                 holder.register_buffer(atom, new, persistent=persistent)
+
+
+def _tensors_of(module: nn.Module) -> set[str]:
+    """Names of all parameters and buffers, every name of a shared one among them."""
+    return {
+        f"{path}.{atom}" if path else atom
+        for path, m in module.named_modules(remove_duplicate=False)
+        for own in (m._parameters, m._buffers)
+        for atom in own
+    }
 
 
 def _sliced(source: nn.Module, sizes: Sizes) -> dict[int, Tensor]:
@@ -185,7 +189,8 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     """An instance of the user's class with the parameters of ``pruned``, or None.
 
     None where that class does not run at the new widths, or does not compute what the graph
-    computes on the example inputs, or by its operations cannot.
+    computes on the example inputs, or by its operations cannot; or where it can no longer be
+    trained, since layers that only training uses (auxiliary heads) are as wide as before.
     """
     base = traced.captured.base
     if pruned.meta.get(_OWN) or isinstance(base, fx.GraphModule):
@@ -209,7 +214,13 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
                 own.update({k: v for k, v in twin.__dict__.items() if isinstance(v, (int, tuple))})
     model.eval()
     call = functools.partial(traced.captured.given.call, model)
-    if agree(model, call, pruned, traced.example_inputs):
-        return model
-    followed = mirror(model, changed_numbers(traced.captured.graph_module.graph, pruned.graph))
-    return model if followed and agree(model, call, pruned, traced.example_inputs) else None
+    inputs, graph = traced.example_inputs, traced.captured.graph_module
+    if not agree(model, call, pruned, inputs):
+        followed = mirror(model, changed_numbers(graph.graph, pruned.graph))
+        if not followed or not agree(model, call, pruned, inputs):
+            return None
+    if _tensors_of(base) - _tensors_of(graph):
+        before = functools.partial(traced.captured.given.call, base)
+        if runs_in_training(base, before, inputs) and not runs_in_training(model, call, inputs):
+            return None
+    return model
