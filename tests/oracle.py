@@ -203,11 +203,15 @@ def oracle_error(
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Norm parameters and biases away from 0 and 1, so that a wrong channel shows."""
+    """Norm parameters and biases away from 0 and 1, so that a wrong channel shows.
+
+    Buffers that are in no state dict stay: they are constants of the class.
+    """
     g = torch.Generator().manual_seed(seed)
+    saved = model.state_dict(keep_vars=True).keys()
     with torch.no_grad():
         for name, p in list(model.named_parameters()) + list(model.named_buffers()):
-            if not p.is_floating_point() or p.numel() < 2:
+            if not p.is_floating_point() or p.numel() < 2 or name not in saved:
                 continue
             noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
             if name.endswith("running_var"):

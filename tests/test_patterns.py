@@ -6,6 +6,7 @@ import numpy as np
 import patterns_attention  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
 import patterns_foreign  # noqa: F401 - registers its cases
+import patterns_fused  # noqa: F401 - registers its cases
 import patterns_numbers  # noqa: F401 - registers its cases
 import patterns_order  # noqa: F401 - registers its cases
 import patterns_recurrent  # noqa: F401 - registers its cases

@@ -353,6 +353,15 @@ def call_name(node: fx.Node) -> str:
     return str(target) if node.op == "call_method" else getattr(target, "__name__", "")
 
 
+def _always_zero(model: torch.nn.Module) -> Iterator[str]:
+    """Buffers of zeros that no state dict can change: absent biases."""
+    for path, m in model.named_modules():
+        for name in m._non_persistent_buffers_set:
+            t = m._buffers.get(name)
+            if t is not None and not t.is_meta and not t.any():
+                yield f"{path}.{name}" if path else name
+
+
 def label_run(captured: Captured) -> Run:
     """Gather what the ops of a graph say about channels, node by node.
 
@@ -367,10 +376,11 @@ def label_run(captured: Captured) -> Run:
     scripted = tuple(
         f"{path}." for path, m in gm.named_modules() if isinstance(m, torch.jit.ScriptModule)
     )
+    zero = set(_always_zero(captured.base))
     for name, t in tensors:
         learnable = isinstance(t, torch.nn.Parameter)
         if t.is_floating_point() and not (scripted and name.startswith(scripted)):
-            labels.parameter(t, vanishing=learnable)
+            labels.parameter(t, vanishing=learnable or name in zero)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     for name, t in tensors_of(captured.base):  # those that forward does not use
         if name not in parameters:

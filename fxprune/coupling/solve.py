@@ -168,6 +168,7 @@ class _Solver:
             return
         self.is_row = self._row_parents(p, c)
         self._one_row_each(p, c)
+        self._whole_rows(p, c)
         for want_row, target in ((True, self.row), (False, self.unit)):
             mine = self.is_row[p] == want_row
             target[c[mine]] = p[mine]
@@ -190,6 +191,24 @@ class _Solver:
             mates = np.isin(c, c[p == q]) & self.is_row[p] & (p != q)
             if mates.any():
                 self.is_row[q] = False
+
+    def _whole_rows(self, p: IntArray, c: IntArray) -> None:
+        """A column whose children are whole rows stays, so that they can go one by one.
+
+        What is told apart by columns (a rotary embedding) is needed while any of the rows is left.
+        """
+        spans, shares = np.zeros((2, self.n), dtype=np.bool_)
+        for rect in self.rects:
+            rows = rect.reshape(-1, rect.shape[-1])
+            one = (rows == rows[:, :1]).all(1)
+            spans[rows[one, 0]] = True
+            shares[rows[~one]] = True
+        partly = np.bincount(p[~spans[c] | shares[c]], minlength=self.n) > 0
+        alone = ~self.is_row & ~partly
+        alone[self.known[COLUMN]] = False
+        alone = np.unique(p[alone[p]])
+        if len(alone):
+            self.pinned_labels.append(self.cls_first()[alone])
 
     def _row_parents(self, p: IntArray, c: IntArray) -> BoolArray:
         """[classes] which parents are rows: as the ops say, else by the blocks.
@@ -252,7 +271,7 @@ class _Solver:
             return []
         before = self.size()
         self._untangle(order, uses, conflicts)
-        return self._components(order, links) if self.size() == before else []
+        return self._components(order, links, uses) if self.size() == before else []
 
     def _untangle(
         self,
@@ -302,7 +321,13 @@ class _Solver:
             return
         self.unite(np.broadcast_to(flat[:1], flat.shape).ravel(), flat.ravel())
 
-    def _components(self, order: list[IntArray], links: list[tuple[int, int]]) -> list[IntArray]:
+    def _components(
+        self,
+        order: list[IntArray],
+        links: list[tuple[int, int]],
+        uses: list[tuple[IntArray, list[int]]],
+    ) -> list[IntArray]:
+        """Rows that one rect holds, directly or by way of others, are one block."""
         if not links:
             return []
         a, b = np.array(links).T
@@ -314,14 +339,22 @@ class _Solver:
             if len(lines) < 2:
                 continue
             if len({len(line) for line in lines}) > 1:
-                everything = np.concatenate(lines)
-                self.unite(np.full(len(everything), everything[0]), everything)
+                self._level(lines, [rect for rect, ids in uses if comp[ids[0]] == k])
                 continue
             block = np.stack(lines)
             if not self._alike(block):
                 self._pair(block)
             blocks.append(block)
         return blocks
+
+    def _level(self, lines: list[IntArray], rects: list[IntArray]) -> None:
+        """Rows of which one ties several columns (a rotation turns pairs): then all rows do."""
+        before = self.size()
+        for rect in rects:
+            self._tie(rect)
+        if self.size() == before:
+            everything = np.concatenate(lines)
+            self.unite(np.full(len(everything), everything[0]), everything)
 
     def _alike(self, block: IntArray) -> bool:
         """Whether all units of a block lie in the same parameter dims, equally often."""

@@ -1,0 +1,51 @@
+"""More patterns: fused queries, keys and values with what real models add. See ``patterns``."""
+
+from __future__ import annotations
+
+import torch
+from patterns import case
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TOKENS = ((2, 5, 8),)
+H, D = 3, 4
+
+
+@case("qkv.weight:0 out.weight:1", inputs=TOKENS)
+class TurnedPairs(nn.Module):
+    """Rotary embedding that turns neighbours, from a buffer: whole heads can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 3 * H * D, bias=False), nn.Linear(H * D, 8)
+        self.register_buffer("turn", torch.randn(5, 2 * D), persistent=False)
+
+    def turned(self, x: Tensor) -> Tensor:
+        sin, cos = self.turn.chunk(2, -1)
+        other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+        return x * cos + other * sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+@case("qkv.weight:0 q_bias:0 v_bias:0 k_bias:0 out.weight:1", inputs=TOKENS)
+class KeysWithoutBias(nn.Module):
+    """A bias put together from two parameters and zeros that are in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 3 * H * D, bias=False), nn.Linear(H * D, 8)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(H * D)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(H * D), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(n, t, 3, H, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
