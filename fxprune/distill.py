@@ -5,7 +5,9 @@ inner features (:mod:`fxprune.imitate`) to the original's. Batch normalisation s
 its statistics do not move, since calibration data is rarely the training distribution; its scale
 and shift do. Few samples are fitted too well soon, so most batches are mixtures of two samples
 (mixup, Zhang et al., 2018), for which the original says what it gives, and of all states that were
-measured on held-out samples the best stays: never a worse one than least squares left.
+measured on held-out samples the best stays: never a worse one than least squares left. Among them
+are some on the way from there to the last one (Wortsman et al., 2022): part of a way that went
+too far is often better than either end.
 
 Steps are relative to the size of each tensor (as in LARS, You et al., 2017, and Adafactor, Shazeer
 and Stern, 2018), since an absolute step that small nets need tears fine weights apart. What share
@@ -46,6 +48,7 @@ RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried where none is given, until one i
 TRIAL = 0.1  # of the steps, for each rate that is tried
 BORNE = 1.5  # times the measure before, up to which a short run may end
 TORN = 10.0  # times the loss of the first batch, above which a short run breaks off
+SHARES = (0.25, 0.5, 0.75)  # of the way from the state before to the last one
 LEAST_SIZE = 0.01  # of the median size: smaller tensors (a bias of zeros) move as if they had that
 
 
@@ -105,6 +108,7 @@ class DistillReport:
 
     before, after  the measure on held-out samples, lower is better; after <= before
     best_step      the step whose state stays; 0: none was better
+    share          1, or how much of the way from the state before to the last one was taken
     curve          (step, measure) of every check
     lr             the rate; trials: rate -> measure after its short run, where several were tried
     points         nodes whose features were compared
@@ -119,6 +123,7 @@ class DistillReport:
     seconds: float
     lr: float = 0.0
     trials: Mapping[float, float] = field(default_factory=dict)
+    share: float = 1.0
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +131,7 @@ class DistillReport:
         return {
             "fitness": {"before": self.before, "after": self.after},
             "best_step": self.best_step,
+            "share": self.share,
             "steps": self.steps,
             "points": list(self.points),
             "curve": [list(c) for c in self.curve],
@@ -300,7 +306,8 @@ class _Run:
         rates = RATES if o.lr is None else (o.lr,)
         trials = self._trials(rates, samples, measure, before) if len(rates) > 1 else {}
         rate = next(reversed(trials), rates[0])
-        curve, best, step = [(0, before)], (0, before), 0
+        curve, best, step, share = [(0, before)], (0, before), 0, 1.0
+        first = self._state()
         every = max(1, steps // o.checks)
         for step, _ in self._descend(rate, steps, samples()):
             if step % every == 0 or step == steps:
@@ -308,12 +315,20 @@ class _Run:
                 if curve[-1][1] < best[1]:
                     best = curve[-1]
                     self.best = self._state()
+        last = self._state()
+        for part in () if self.note else SHARES:
+            self._put({k: t.lerp(last[k], part) for k, t in first.items() if t.is_floating_point()})
+            value = measure(self.module)
+            if value < best[1]:
+                best, share = (step, value), part
+                self.best = self._state()
         self._put_back()
         names = tuple(p.node for p in self.points)
         seconds = time.perf_counter() - start
         return DistillReport(
-            before, best[1], best[0], tuple(curve), names, step, seconds, rate, trials, self.note
-        )
+            before, best[1], best[0], tuple(curve), names, step, seconds, rate, trials, share,
+            self.note,
+        )  # fmt: skip
 
     def _trials(
         self,
@@ -375,10 +390,14 @@ class _Run:
     def _state(self) -> dict[str, Tensor]:
         return {k: t.clone() for k, t in self.module.state_dict().items()}
 
-    def _put_back(self) -> None:
+    def _put(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for k, t in self.module.state_dict().items():
-                t.copy_(self.best[k])
+            own = self.module.state_dict()
+            for k, t in state.items():
+                own[k].copy_(t)
+
+    def _put_back(self) -> None:
+        self._put(self.best)
 
 
 @contextmanager
