@@ -41,7 +41,7 @@ from fxprune.allocate import AllocationProblem
 from fxprune.allocate.chance import random_state
 from fxprune.allocate.space import space_of
 from fxprune.cut import cut
-from fxprune.fitness import FinalFitness, KLFitness, ReplayFitness
+from fxprune.fitness import FinalFitness, KLFitness, ReplayFitness, final_rounds
 from fxprune.latency import Bench, LatencyModel, Target, fast_counts, latency_model
 from fxprune.observe import observe
 from fxprune.repair import LeastSquares, repair_bn
@@ -124,6 +124,8 @@ def strategy(net: str, budget: float | str, name: str, seed: int, evaluations: i
     if not inside:
         replay = Replay(s.traced, s.seen, s.held_out, s.once.only)
         fitness = ReplayFitness(lambda: replay)
+    final = FinalFitness(s.traced, s.once, s.seen, s.held_out, measure)
+    rough, final = final_rounds(final, divergence=True)
     start = time.perf_counter(), time.process_time()
     plan = allocate.get(kind)(
         s.problem(
@@ -131,7 +133,8 @@ def strategy(net: str, budget: float | str, name: str, seed: int, evaluations: i
             seed=seed,
             fitness=fitness,
             max_evaluations=evaluations,
-            finals=FinalFitness(s.traced, s.once, s.seen, s.held_out, measure),
+            semifinals=rough,
+            finals=final,
         )
     )
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]

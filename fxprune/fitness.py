@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
 from fxprune.renorm import some
 from fxprune.repair import LeastSquares
-from fxprune.replay import Replay
+from fxprune.replay import FEWEST, Replay, affordable
 from fxprune.sequential import best_form
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
@@ -30,7 +30,7 @@ from fxprune.types import PrunePlan
 Repair: TypeAlias = Callable[[PrunePlan, fx.GraphModule], object]
 Evaluate: TypeAlias = Callable[[Any], float]
 LEAST_PROBABILITY = 1e-12
-FINAL_SAMPLES = 192  # on which finalists are repaired: to compare them, not to keep what comes out
+SEMIFINAL_SAMPLES = 64  # on which the best states are repaired when they are first compared
 
 
 def candidate(traced: Traced, plan: PrunePlan, repair: Repair | None) -> fx.GraphModule:
@@ -113,7 +113,8 @@ class EvaluateFitness:
 class FinalFitness:
     """What the final repair makes of a plan; for the best few of a search.
 
-    measure   of a repaired module, lower is better
+    seen, held_out  batches for the repair and for the choice of its ridges
+    measure         of a repaired module, lower is better
     """
 
     traced: Traced
@@ -124,9 +125,31 @@ class FinalFitness:
 
     def __call__(self, plan: PrunePlan) -> float:
         module = cut(self.traced, plan)
-        seen = some(self.seen, FINAL_SAMPLES)
-        outcome = best_form(self.traced, plan, module, self.once, seen, self.measure, self.held_out)
+        outcome = best_form(
+            self.traced, plan, module, self.once, self.seen, self.measure, self.held_out
+        )
         return min(outcome.fitness.values())
+
+
+def final_rounds(
+    final: FinalFitness, *, divergence: bool
+) -> tuple[FinalFitness | None, FinalFitness]:
+    """(semifinals, finals): the comparisons at the end of a search, for an ``AllocationProblem``.
+
+    Many states on few samples, then few states on all. Where a sample is so dear that evaluations
+    cannot have many (:func:`replay.affordable`): few states on few samples, and nothing else.
+    ``divergence``: whether ``final.measure`` is that, and not the user's, who alone knows what a
+    call of it costs: then only few states are compared.
+    """
+    room = affordable(final.traced)
+    dear = room < 2 * SEMIFINAL_SAMPLES
+    seen = some(final.seen, max(FEWEST, min(SEMIFINAL_SAMPLES, room // 2)))
+    if not divergence:
+        return None, replace(final, seen=seen) if dear else final
+    held_out = some(final.held_out, max(FEWEST, room // 2))
+    measure = KLFitness(final.traced, None, held_out).of
+    rough = replace(final, seen=seen, held_out=held_out, measure=measure)
+    return (None, rough) if dear else (rough, final)
 
 
 @dataclass(frozen=True)

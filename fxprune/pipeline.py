@@ -24,7 +24,7 @@ from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
 from fxprune.distill import Distillation
 from fxprune.errors import ModelError, SpecError
-from fxprune.fitness import FinalFitness, KLFitness, Repair
+from fxprune.fitness import FinalFitness, KLFitness, Repair, final_rounds
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept, uncompiled
 from fxprune.latency import Keeper, Target
@@ -178,10 +178,11 @@ def _pruned(
     measure = _loss(evaluate) if evaluate else KLFitness(traced, None, held_out).of
     kind = "lstsq" if o.mending.linear else o.mending.kind
     recipe = Recipe(model, traced.captured.given, seen, held_out, kind, evaluate)
-    finals = None
+    problem = _problem(traced, scores, o, keeper)
     if isinstance(mend, LeastSquares):
-        finals = FinalFitness(traced, mend, seen, held_out, measure)
-    problem = replace(_problem(traced, scores, o, keeper), finals=finals)
+        final = FinalFitness(traced, mend, seen, held_out, measure)
+        rough, final = final_rounds(final, divergence=evaluate is None)
+        problem = replace(problem, semifinals=rough, finals=final)
     plan = _allocated(problem, recipe, traced, mend, o, keeper)
     clock.lap("allocate")
     gm = cut(traced, plan)

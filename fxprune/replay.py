@@ -41,7 +41,8 @@ from fxprune.types import ChannelGroup, Consumer, PrunePlan
 MAX_SAMPLES = 128  # for the repair of candidates; the final repair takes more
 MAX_BYTES = 1 << 30  # of activations that are kept at cut points
 MAX_LIVE = 2 << 30  # of activations of a candidate at a time, and of the original's rows
-FEWEST = 16  # samples that repair and compare, however large they are
+MAX_MACS = 64 * 10**9  # of the original on the samples of one evaluation: a second or two
+FEWEST = 16  # samples that repair and compare, however large or dear they are
 MAX_CUTS = 32  # cut points
 
 Once: TypeAlias = Callable[[list[str]], Callable[[PrunePlan, fx.GraphModule], object]]
@@ -53,7 +54,8 @@ class Replay:
 
     repair    batches for the repair, the first ``max_samples`` samples count
     held_out  batches whose outputs are wanted
-    max_live  bytes of activations: where they do not suffice, fewer samples repair and compare
+    max_live  bytes of activations: where they do not suffice, fewer samples repair and compare;
+              so it is where samples are dear (:func:`affordable`)
     once      consumers (keys) that the sequential form cannot treat -> their one-shot repair
 
     Equal to cut, the one-shot repair, :func:`sequential.repair_sequential` on the same samples
@@ -73,7 +75,7 @@ class Replay:
         max_live: int = MAX_LIVE,
     ) -> None:
         self.traced = traced
-        room = _affordable(traced, some(repair, 1)[0], max_live)
+        room = min(affordable(traced), _fitting(traced, some(repair, 1)[0], max_live))
         held_out = some(held_out, max(FEWEST, room // 2))
         room -= sum(samples_of(b) for b in held_out)
         repair = some(repair, max(FEWEST, min(max_samples, room)))
@@ -114,7 +116,13 @@ class Replay:
             Walk(self.traced, plan, self.original, side).run()
 
 
-def _affordable(traced: Traced, one: tuple[Any, ...], most: int) -> int:
+def affordable(traced: Traced, macs: int | None = None) -> int:
+    """Samples that pass the original for so many multiply-adds; None: those of an evaluation."""
+    one = traced.cost().macs / max(1, samples_of(traced.example_inputs))
+    return int((MAX_MACS if macs is None else macs) // max(1, one))
+
+
+def _fitting(traced: Traced, one: tuple[Any, ...], most: int) -> int:
     """How many samples may pass a candidate together, and have their rows kept."""
     module = traced.graph_module
     with exact_arithmetic(), evaluating(module):

@@ -36,8 +36,9 @@ from fxprune.fitness import EvaluateFitness, KLFitness, Repair, ReplayFitness
 from fxprune.inputs import Inputs
 from fxprune.isolate import rng_kept
 from fxprune.observe import observe
+from fxprune.renorm import some
 from fxprune.repair import LeastSquares, repair_bn
-from fxprune.replay import Once, Replay
+from fxprune.replay import FEWEST, Once, Replay, affordable
 from fxprune.traced import Traced, trace
 from fxprune.types import PrunePlan
 
@@ -77,7 +78,7 @@ class Recipe:
             repair = mend or self._least_squares(traced)
         if self.evaluate is not None:
             return EvaluateFitness(traced, repair, self.evaluate)
-        return KLFitness(traced, repair, self.held_out)
+        return KLFitness(traced, repair, some(self.held_out, max(FEWEST, affordable(traced) // 2)))
 
     def settled(
         self, traced: Traced, mend: LeastSquares | None, probe: PrunePlan

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.cut import cut
+from fxprune.fitness import FinalFitness, final_rounds
 from fxprune.observe import observe
 from fxprune.repair import LeastSquares
-from fxprune.replay import Replay, Snapshot, Snapshots
+from fxprune.replay import Replay, Snapshot, Snapshots, affordable
 from fxprune.sequential import repair_sequential
 from fxprune.traced import Traced, trace
 from fxprune.types import PrunePlan
@@ -164,3 +165,34 @@ def test_snapshots_that_served_stay_longest() -> None:
     store.put(("f", ()), Snapshot([], {}, 10))
     store.put(("too large", ()), Snapshot([], {}, 26))
     assert {k[0] for k in store.held} == {"a", "d", "e", "f"} and store.bytes == 85
+
+
+def test_dear_samples_are_fewer_and_comparisons_at_the_end_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5))
+    traced = trace(net.eval(), torch.zeros(2, 3, 10, 10))
+    one = 3 * 9 * 8 * 100 + 800 * 5
+    assert affordable(traced, 100 * one) == 100
+    seen = [torch.randn(50, 3, 10, 10), torch.randn(150, 3, 10, 10)]
+    held_out = [torch.randn(90, 3, 10, 10)]
+    once = LeastSquares(traced, observe(traced, seen))
+    final = FinalFitness(traced, once, seen, held_out, lambda _: 0.0)
+
+    def counted(batches: Any) -> int:
+        return sum(len(tree_leaves(b)[0]) for b in batches)
+
+    for limit, samples, rough, whole in (
+        (10**6, (128, 90), (64, 90), (200, 90)),
+        (150, (75, 75), (64, 75), (200, 90)),
+        (100, (50, 50), None, (50, 50)),
+        (3, (16, 16), None, (16, 16)),
+    ):
+        monkeypatch.setattr("fxprune.replay.MAX_MACS", limit * one)
+        replay = Replay(traced, seen, held_out, once.only)
+        inputs, held = replay.inputs, replay.held_out
+        assert (counted(inputs[:-held]), counted(inputs[-held:])) == samples
+        first, last = final_rounds(final, divergence=True)
+        found = [(counted(f.seen), counted(f.held_out)) for f in (first, last) if f is not None]
+        assert found == [r for r in (rough, whole) if r is not None]
+        assert final_rounds(final, divergence=False)[0] is None

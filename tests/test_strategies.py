@@ -6,6 +6,8 @@ import ctypes
 import itertools
 import os
 import sys
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,60 @@ def test_the_finalists_are_compared_by_the_dearer_fitness() -> None:
     assert plan.meta["fitness"] == loss(plan) and plan.meta["trace"] == first.meta["trace"]
     starts = {"uniform", "global", "isomorphic"}
     assert any(t["stage"] in starts for t in told), "the best start takes part"
+
+
+def test_the_best_of_a_first_comparison_of_many_take_part_in_the_last() -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    loss = rough(fake, 1)
+    first: list[PrunePlan] = []
+    last: list[PrunePlan] = []
+
+    def semifinal(plan: PrunePlan) -> float:
+        first.append(plan)
+        return 2 - loss(plan)  # the order turns round
+
+    def final(plan: PrunePlan) -> float:
+        last.append(plan)
+        return loss(plan)  # and back
+
+    made = replace(
+        problem(fake, 0.4, fitness=loss, max_evaluations=40), semifinals=semifinal, finals=final
+    )
+    plan = allocate.get("local")(made)
+    values = [loss(p) for p in first]
+    assert 5 <= len(first) <= 9 and max(values) <= 1.5 * min(values)
+    assert sorted(map(loss, last)) == sorted(values)[-3:]
+    assert loss(plan) == sorted(values)[-3] == plan.meta["fitness"]
+    assert [t["final"] for t in plan.meta["finalists"]] == [loss(p) for p in last]
+    assert [t["semifinal"] for t in plan.meta["finalists"]] == [2 - loss(p) for p in last]
+
+
+def test_what_is_far_behind_takes_no_part_unless_fitness_has_no_zero() -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    loss = rough(fake, 1)
+    for shift, few in ((0.0, True), (-100.0, False)):
+        made = problem(fake, 0.4, fitness=lambda p, s=shift: loss(p) ** 8 + s, max_evaluations=30)
+        asked: list[PrunePlan] = []
+        made = replace(made, finals=lambda p, a=asked: a.append(p) or loss(p))
+        allocate.get("random")(made)
+        powers = [loss(p) ** 8 for p in asked]
+        assert (max(powers) <= 1.5 * min(powers)) == few and len(asked) >= 1
+
+
+def test_comparisons_end_when_the_time_does() -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    loss = rough(fake, 1)
+    asked: list[PrunePlan] = []
+
+    def slow(plan: PrunePlan) -> float:
+        asked.append(plan)
+        time.sleep(1.0)
+        return -loss(plan)
+
+    made = problem(fake, 0.4, fitness=loss, max_evaluations=10, max_seconds=0.6)
+    plan = allocate.get("random")(replace(made, finals=slow))
+    assert len(asked) == len(plan.meta["finalists"]) == 1
+    assert plan.kept == asked[0].kept
 
 
 def test_finals_that_fail_leave_the_search_as_it_is() -> None:

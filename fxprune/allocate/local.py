@@ -29,6 +29,7 @@ from fxprune.types import IntArray, PrunePlan
 BATCH = 4  # neighbours evaluated at once; fixed, so that workers do not change the result
 PATIENCE = 3  # batches without a better neighbour before a step larger than one is halved
 ALONE = 0.75  # most of the evaluations that go into cutting groups alone
+POINTS = 2  # such cuts of a group on average, at most: after them neighbours tell more
 NEAR = 0.1  # of a group's steps: an optimum as near as that to a measured cut is taken as measured
 PROPOSALS = 2  # times that the model proposes an allocation, with what it has learnt
 PAIRS = 20  # givers and takers considered where more groups could give or take
@@ -69,7 +70,7 @@ def measure_groups_alone(search: Search) -> bool:
     first = _alone(search, np.minimum(search.state, top - 1))
     order = np.argsort(space.load(first), kind="stable")
     wanted = [first[f] for f in order[top[order] > 0]]
-    most = int(search.memory.limit * ALONE)
+    most = min(int(search.memory.limit * ALONE), POINTS * len(wanted))
     if not wanted or min(most, search.memory.left - 2) < len(wanted) // 2 + 1:
         return False
     whole = search.memory.evaluate([top], "whole")

@@ -20,6 +20,8 @@ from fxprune.allocate.space import Space
 from fxprune.progress import bar
 from fxprune.types import IntArray, PrunePlan
 
+EVALUATING = 0.75  # of the time, where the best states are compared in what is left
+
 
 class Memory:
     """Evaluates states through the problem's fitness and executor; a context manager.
@@ -36,7 +38,9 @@ class Memory:
         self.limit = problem.max_evaluations
         self.trace: list[dict[str, Any]] = []
         self._fitness, self._executor = problem.fitness, problem.executor
-        self._finals, self._max_seconds = problem.finals, problem.max_seconds
+        dearer = {"semifinal": problem.semifinals, "final": problem.finals}
+        self._dearer = {name: f for name, f in dearer.items() if f is not None}
+        self._max_seconds = problem.max_seconds
         self._known: dict[tuple[int, ...], float] = {}
         self._number: dict[tuple[int, ...], int] = {}
         self._journal = (
@@ -91,12 +95,19 @@ class Memory:
             self._record(state, value, stage)
         return [(s, self._known[key(s)]) for s in states if s in self]
 
-    def finals(self, states: Sequence[IntArray]) -> list[float]:
-        """The dearer fitness of a few states, lower is better; nothing where there is none."""
-        if self._finals is None:
-            return []
+    @property
+    def rounds(self) -> list[str]:
+        """The comparisons that end the search, the cheaper one first."""
+        return list(self._dearer)
+
+    def compare(self, name: str, states: Sequence[IntArray]) -> list[float]:
+        """The dearer fitness of a few states, by the round's name; inf where time did not last."""
         new = {key(s): s for s in states}
-        values = dict(self._values(new, "final", self._finals, ""))
+        task = self._bar.add_task(f"{name}ists", total=len(new), note="repair of the best states")
+        values: dict[tuple[int, ...], float] = {}
+        for state, value in self._values(new, name, self._dearer[name], ""):
+            values[state] = value
+            self._bar.update(task, advance=1, note=f"fitness {value:.4g}")
         return [values.get(key(s), math.inf) for s in states]
 
     def _values(
@@ -113,7 +124,7 @@ class Memory:
         for k in states:
             old = self._old(event, counts[k])
             if old is None or k in fresh:
-                if event == "evaluated" and self._over():
+                if self._over(event):
                     return
                 old = float(next(measured))
                 old = math.inf if math.isnan(old) else old
@@ -121,9 +132,17 @@ class Memory:
                     self._journal.add(event, counts[k], old, self.seconds, stage)
             yield k, old
 
-    def _over(self) -> bool:
-        """Whether the time is spent; at least one state is evaluated in any case."""
-        late = self._max_seconds is not None and self.seconds >= self._max_seconds
+    def _over(self, event: str) -> bool:
+        """Whether the time is spent; at least one state is evaluated in any case.
+
+        Where states are compared at the end, a part of the time is left for that.
+        """
+        if self._max_seconds is None:
+            return False
+        if event != "evaluated":
+            return self.seconds >= self._max_seconds
+        share = EVALUATING if self._dearer else 1.0
+        late = self.seconds >= share * self._max_seconds
         self._expired = self._expired or (late and bool(self.trace))
         return self._expired
 

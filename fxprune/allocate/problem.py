@@ -68,6 +68,8 @@ class AllocationProblem:
                       from it
     identity          content hash of what ``fitness`` depends on; a journal belongs to one
     latency           predicts milliseconds; a budget that bounds the latency needs it
+    semifinals        between ``fitness`` and ``finals``: of more states it names those that
+                      ``finals`` compares
     """
 
     traced: Prunable
@@ -84,6 +86,7 @@ class AllocationProblem:
     journal: Path | None = None
     identity: str = ""
     latency: LatencyModel | None = None
+    semifinals: Callable[[PrunePlan], float] | None = None
 
     def __post_init__(self) -> None:
         if "latency" in bounds(self.budget) and self.latency is None:

@@ -15,18 +15,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fxprune.allocate.finalists import chosen
 from fxprune.allocate.memory import Memory, key
 from fxprune.allocate.problem import AllocationProblem
 from fxprune.allocate.ranked import cluster, global_keys, isomorphic_keys
 from fxprune.allocate.sensitivity import Sensitivity
 from fxprune.allocate.space import Space, space_of
 from fxprune.allocate.spend import spend
-from fxprune.allocate.thrift import thrifty
 from fxprune.allocate.uniform import uniform_keys
-from fxprune.types import FloatArray, IntArray, PrunePlan
-
-FINALISTS = 4  # states that are compared by the dearer fitness, besides the best start
-NEARLY = 0.02  # relative to the best dearer fitness: what a faster state may be behind
+from fxprune.types import IntArray, PrunePlan
 
 Strategy: TypeAlias = Callable[["Search"], None]
 
@@ -74,20 +71,11 @@ class Search:
         self.memory.accept(state)
         return True
 
-    def best(self, most: int) -> list[IntArray]:
-        """The best states within the budget that were evaluated, best first; the start among them.
-
-        The best cheap start is named in any case: it is what the search has to beat.
-        """
+    def within(self) -> list[tuple[IntArray, float]]:
+        """The evaluated states within the budget whose fitness is finite, best first."""
         known = [(np.array(s, dtype=np.int64), v) for s, v in self.memory if np.isfinite(v)]
         known = [(s, v) for s, v in known if bool(self.space.holds(s[None])[0])]
-        known.sort(key=lambda r: r[1])
-        chosen = [s for s, _ in known[:most]]
-        started = {key(s) for s in self.starts.values()}
-        first = next((s for s, _ in known if key(s) in started), None)
-        if first is not None and key(first) not in {key(s) for s in chosen}:
-            chosen.append(first)
-        return chosen
+        return sorted(known, key=lambda r: r[1])
 
 
 def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> PrunePlan:
@@ -97,7 +85,7 @@ def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> Prune
     ``plan.meta["note"]`` says so. Otherwise ``plan.meta`` has the number of evaluations, seconds,
     the best fitness, the start, the trace [{evaluation, stage, fitness, accepted}], and the
     finalists [{stage, fitness, final}] where the problem has a dearer fitness for them: then the
-    plan is the one with the best ``final``.
+    plan is the one with the best ``final`` (see :mod:`finalists`).
     Raises BudgetError where the budget cannot be reached, OutputError for the journal.
     """
     space = space_of(problem, overlapping=True)
@@ -109,9 +97,10 @@ def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> Prune
         hurry = isinstance(problem.round_to, Mapping)
         search = Search(space, memory, Sensitivity(space), rng, starts, hurry=hurry)
         strategy(search)
-        state, finalists = _final(search)
-    known = dict(memory)
-    fitness = known.get(key(state), np.inf)
+        firsts = {key(s) for s in starts.values()}
+        best, finalists = chosen(space, memory, search.within(), firsts, search.hurry)
+        state = search.state if best is None else best
+    fitness = dict(memory).get(key(state), np.inf)
     meta: dict[str, Any] = {
         "allocation": name,
         "start": search.found,
@@ -123,41 +112,6 @@ def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> Prune
     if finalists:
         meta["finalists"] = finalists
     return space.plan(state, meta)
-
-
-def _final(search: Search) -> tuple[IntArray, list[dict[str, Any]]]:
-    """The state with the best dearer fitness among the best few, and how they compare.
-
-    Where counts are those that are fast on a target, what is faster than the best at as much of the
-    budget takes part, and of nearly equal ones the fastest is taken (:mod:`thrift`).
-    """
-    chosen = search.best(FINALISTS)
-    stages = [search.memory.stage(s) for s in chosen]
-    if search.hurry and chosen:
-        faster = thrifty(search.space, chosen[0], gain=0.0)  # its fitness is measured
-        if key(faster) not in {key(s) for s in chosen}:
-            chosen.append(faster)
-            stages.append("faster")
-    values = search.memory.finals(chosen)
-    if not values or not np.isfinite(min(values)):
-        return search.state, []
-    known = dict(search.memory)
-    told = [
-        {"stage": stage, "fitness": known.get(key(s)), "final": v}
-        for s, stage, v in zip(chosen, stages, values, strict=True)
-        if np.isfinite(v)
-    ]
-    return chosen[_winner(search, chosen, np.array(values))], told
-
-
-def _winner(search: Search, chosen: list[IntArray], values: FloatArray) -> int:
-    best = int(np.argmin(values))
-    latency = search.space.latency
-    if not search.hurry or latency is None or "latency" in search.space.measures:
-        return best
-    ms = latency.predict(search.space.counts(np.stack(chosen)))
-    near = values <= values[best] + NEARLY * abs(values[best])
-    return int(np.argmin(np.where(near, ms, np.inf)))
 
 
 def cheap_states(problem: AllocationProblem, space: Space) -> dict[str, IntArray]:
