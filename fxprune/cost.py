@@ -285,11 +285,10 @@ class _Memory:
             traits = tree_leaves(dims.coupling.values[s.node])[s.leaf]
             found = dims.of_tensor(traits)
             items.append(table.item([t for d, t in enumerate(found) if d not in s.repeated]))
-            sizes.append(float(traits.dtype.itemsize))
+            sizes.append(traits.dtype.itemsize * s.share)
         self.products = table.products()
         self.items = np.array(items, dtype=np.int64)
         self.sizes = np.array(sizes)
-        self.extra = np.array([s.extra for s in storages], dtype=np.float64)
         born = np.array([s.born for s in storages], dtype=np.int64)
         dies = np.array([s.dies for s in storages], dtype=np.int64)
         # The peak is reached where something is allocated: after each batch of births.
@@ -302,7 +301,7 @@ class _Memory:
         """k [P, G + 1] -> [P] bytes."""
         if not len(self.items):
             return np.zeros(len(k))
-        size = self.products.evaluate(k)[:, self.items] * self.sizes + self.extra
+        size = self.products.evaluate(k)[:, self.items] * self.sizes
         zero = np.zeros((len(k), 1))
         made = np.concatenate([zero, np.cumsum(size, axis=1)], axis=1)
         freed = np.concatenate([zero, np.cumsum(size[:, self.by_death], axis=1)], axis=1)

@@ -25,14 +25,14 @@ class Storage:
 
     node, leaf  the tensor that was made: the ``leaf``-th of the node's output
     repeated    dims of that tensor that take no memory (stride 0)
-    extra       bytes of the storage beyond that tensor's, 0 nearly always
+    share       bytes of the storage for each one of that tensor, 1 nearly always
     born, dies  positions of the nodes, in execution order, during which it is alive (both count)
     """
 
     node: str
     leaf: int
     repeated: tuple[int, ...]
-    extra: int
+    share: float
     born: int
     dies: int
 
@@ -89,5 +89,5 @@ def _made(n: fx.Node, leaf: int, t: Tensor, at: int) -> Storage:
     size = t.element_size()
     for d, s in enumerate(t.shape):
         size *= 1 if d in repeated else s
-    extra = max(0, t.untyped_storage().nbytes() - size)
-    return Storage(n.name, leaf, repeated, extra, at, at)
+    share = max(1.0, t.untyped_storage().nbytes() / max(size, 1))
+    return Storage(n.name, leaf, repeated, share, at, at)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from oracle import random_plan
-from patterns import CASES
 from patterns_attention import FusedReshape, PackedAttention
 from patterns_flow import Detector
+from test_patterns import CASES  # every file of patterns has registered its own
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +56,8 @@ class NodeByNode(fx.Interpreter):
         self.held = held
 
     def run_node(self, n: fx.Node) -> Any:
+        for unread in [m for m in self.env if not m.users]:  # the generated code drops these too
+            del self.env[unread]
         value = super().run_node(n)
         self.held.sample()
         return value
@@ -115,7 +117,7 @@ def test_the_peak_is_what_the_cut_graph_holds(name: str) -> None:
     assert (len(set(predicted.tolist())) > 1) == (name != "detector"), "its peak is in the head"
 
 
-@pytest.mark.parametrize("name", [n for n in list(CASES)[::6] if n != "ControlFlowOnData"])
+@pytest.mark.parametrize("name", [n for n in list(CASES)[::2] if n != "ControlFlowOnData"])
 def test_odd_nets(name: str) -> None:
     torch.manual_seed(0)
     traced = trace(CASES[name].build().double(), CASES[name].example())
