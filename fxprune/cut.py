@@ -16,11 +16,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
 from fxprune.agreement import agree, runs_in_training
 from fxprune.assembly import assembled, attributes, targets
+from fxprune.capture import capture
 from fxprune.copies import copied, twin
 from fxprune.leaves import fit, is_leaf
-from fxprune.mirrors import changed_numbers, mirror
+from fxprune.mirrors import changed_numbers, mirror, same_numbers
 from fxprune.parametrized import settle, source
-from fxprune.rewrite import Rewriter
+from fxprune.rewrite import Rewriter, makes_tensors
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
@@ -219,8 +220,20 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
         followed = mirror(model, changed_numbers(graph.graph, pruned.graph))
         if not followed or not agree(model, call, pruned, inputs):
             return None
+        if not _calculates_alike(traced, model):
+            return None
     if _tensors_of(base) - _tensors_of(graph):
         before = functools.partial(traced.captured.given.call, base)
         if runs_in_training(base, before, inputs) and not runs_in_training(model, call, inputs):
             return None
     return model
+
+
+def _calculates_alike(traced: Traced, model: nn.Module) -> bool:
+    """Whether a class whose numbers were changed calculates with the same ones as before."""
+    values = traced.coupling.values
+    return same_numbers(
+        traced.captured.graph_module.graph,
+        capture(model, traced.captured.given).graph_module.graph,
+        lambda node: makes_tensors(values.get(node.name)),
+    )

@@ -2,17 +2,21 @@
 
 A module that reshapes to ``self.num_heads, self.head_dim`` leaves two literals in the graph. Where
 the graph of the pruned model has one other number instead of the old one, the attributes of that
-module that hold the old one are set to the new one. Whether that is right is for ``agree`` to say.
+module that hold the old one are set to the new one. Whether that is right is for ``agree`` to say,
+and for ``same_numbers``: a scale of ``self.head_dim ** -0.5`` has to stay what it was.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import fx, nn
 
+from fxprune.coupling.run import call_name
 from fxprune.leaves import is_leaf
+from fxprune.rewrite import HANDLERS
 from fxprune.tracing import WITHIN
 
 Numbers: TypeAlias = dict[str, dict[int, int]]  # path of a module -> old number -> new number
@@ -34,7 +38,7 @@ def changed_numbers(before: fx.Graph, after: fx.Graph) -> Numbers:
         if len(old) != len(new):
             continue  # written in another form
         for a, b in zip(old, new, strict=True):
-            if a is not None and b is not None:
+            if type(a) is int and type(b) is int:
                 seen[path][a].add(b)
     found: Numbers = {}
     for path, numbers in seen.items():
@@ -44,9 +48,32 @@ def changed_numbers(before: fx.Graph, after: fx.Graph) -> Numbers:
     return found
 
 
-def _flat(value: Any) -> list[int | None]:
+def same_numbers(before: fx.Graph, after: fx.Graph, makes: Callable[[fx.Node], bool]) -> bool:
+    """Whether two traces of one class calculate with the same numbers.
+
+    makes: whether a node of ``before`` gives tensors. Whole numbers of those whose constants follow
+    the widths (views, splits) may differ, and all that only sizes are made from.
+    """
+    twins = {n.name: n for n in after.nodes}
+    for node in before.nodes:
+        if node.op not in ("call_function", "call_method") or not makes(node):
+            continue
+        twin = twins.get(node.name)
+        if twin is None or twin.target != node.target:
+            return False
+        follows = call_name(node) in HANDLERS
+        old, new = (
+            [i for i in _flat(n.args) + _flat(dict(n.kwargs)) if not (follows and type(i) is int)]
+            for n in (node, twin)
+        )
+        if old != new:
+            return False
+    return True
+
+
+def _flat(value: Any) -> list[int | float | None]:
     """The numbers in nested arguments, in order; None for all that is no number."""
-    if type(value) is int:
+    if type(value) in (int, float):
         return [value]
     if isinstance(value, dict):
         return [i for v in value.values() for i in _flat(v)]

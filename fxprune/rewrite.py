@@ -38,7 +38,7 @@ class Rewriter:
         self.originals: dict[fx.Node, Any] = {}
         self.numbers: set[fx.Node] = set()  # nodes so far that give no tensors
         self.afterwards: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
-        self.computes_more = False  # than the original with other constants
+        self.computes_more = False  # than the class does at the new widths
 
     def run(self) -> fx.Graph:
         for old in self.source.nodes:
@@ -46,7 +46,7 @@ class Rewriter:
             self.env[old] = new
             with self.graph.inserting_before(new):
                 self._rewrite(old, new)
-            if not _makes_tensors(self.sizes.old(old)):
+            if not makes_tensors(self.sizes.old(old)):
                 self.numbers.add(old)
             if old in self.afterwards:
                 self.env[old] = self.afterwards[old](self.env[old])
@@ -58,7 +58,7 @@ class Rewriter:
         if old.op not in ("call_function", "call_method"):
             return
         handler = HANDLERS.get(call_name(old))
-        makes = _makes_tensors(self.sizes.old(old))
+        makes = makes_tensors(self.sizes.old(old))
         if handler is not None and (makes or old.target is operator.setitem):
             handler(self, old, new)
         elif makes or self.sizes.old(old) is None:
@@ -85,15 +85,16 @@ class Rewriter:
 
     def original(self, node: fx.Node) -> Any:
         """A node or number with the value that ``node`` has in the unpruned graph."""
-        if _makes_tensors(self.sizes.old(node)) or not self.sizes.changed(node):
+        if makes_tensors(self.sizes.old(node)) or not self.sizes.changed(node):
             return self.env[node]
+        self.computes_more = True  # the class takes the number that it finds
         if node not in self.originals:
             self.originals[node] = self._original(node)
         return self.originals[node]
 
     def _original(self, node: fx.Node) -> Any:
         value = self.sizes.old(node)
-        from_tensor = any(_makes_tensors(self.sizes.old(n)) for n in node.all_input_nodes)
+        from_tensor = any(makes_tensors(self.sizes.old(n)) for n in node.all_input_nodes)
         if from_tensor and isinstance(value, tuple):
             return self._original_shape(node)
         if from_tensor and node.target == "size" and isinstance(value, int):
@@ -134,7 +135,7 @@ class Rewriter:
 
         A node may depend on the batch size, so it is scaled and not replaced by a number.
         """
-        if isinstance(arg, fx.Node) and _makes_tensors(self.sizes.old(arg)):
+        if isinstance(arg, fx.Node) and makes_tensors(self.sizes.old(arg)):
             return self.env[arg]  # lengths that are data
         now = self.sizes.new(arg) if isinstance(arg, fx.Node) else arg
         if now == want or (not isinstance(arg, fx.Node) and arg == -1):
@@ -153,14 +154,14 @@ class Rewriter:
         """Whether a size depends on channel dims alone, so that it is a number in the new graph."""
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             shape, i = node.args[0], node.args[1]
-            if isinstance(i, int) and not _makes_tensors(self.sizes.old(shape)):
+            if isinstance(i, int) and not makes_tensors(self.sizes.old(shape)):
                 if not self.sizes.changed(shape):
                     return False
                 return bool(self.sizes.old(shape)[i] != self.sizes.new(shape)[i])
         if node.target == "size" and len(node.args) > 1:
             return self.sizes.changed(node)
         sources = node.all_input_nodes
-        if any(_makes_tensors(self.sizes.old(n)) for n in sources):
+        if any(makes_tensors(self.sizes.old(n)) for n in sources):
             return False
         return all(self._fixed(n) for n in sources)
 
@@ -178,7 +179,7 @@ def _is_arithmetic(target: Any) -> bool:
     return getattr(target, "__module__", None) in ("_operator", "math", "builtins")
 
 
-def _makes_tensors(value: Any) -> bool:
+def makes_tensors(value: Any) -> bool:
     return isinstance(value, Traits) or any(
         isinstance(v, Traits) for v in torch.utils._pytree.tree_leaves(value)
     )
@@ -364,3 +365,4 @@ def _attention(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     query = r.sizes.old(arguments(old)[0] if arguments(old) else keywords(old)["query"])
     if argument(old, 6, "scale") is None and r.sizes.shape(query)[-1] != query.shape[-1]:
         new.kwargs = {**new.kwargs, "scale": query.shape[-1] ** -0.5}
+        r.computes_more = True

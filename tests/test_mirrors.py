@@ -89,9 +89,12 @@ def test_attributes_follow_the_widths(seed: int) -> None:
     assert base.width == 24 and base.heads.head_dim == 8  # as it was
 
 
-def test_a_number_that_is_also_used_otherwise_is_not_let_pass() -> None:
-    """The class would scale its scores by another number of columns."""
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_number_that_is_also_used_otherwise_is_not_let_pass(seen: bool) -> None:
+    """The class would scale its scores by another number of columns, whether that shows or not."""
     traced = traced_net(own=True)
+    if not seen:  # all tokens alike: so are the scores, whatever their scale
+        traced.captured.base.stem.weight.data.zero_()
     columns = next(g for g in traced.groups if g.rows == 3)
     plan = PrunePlan({columns.name: tuple(c for c in range(24) if c % 8 < 4)})
     pruned = cut(traced, plan)
