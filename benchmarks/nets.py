@@ -20,6 +20,7 @@ from fxprune.data import load_data
 
 EPOCHS = {"vgg": 4, "resnet20": 8, "mobilenet": 4, "vit": 5}  # on Fashion-MNIST
 QUICK_EPOCHS = 24  # on digits
+SLOW = {"vit": 120}  # to learn from few images: epochs on digits
 RATES = {"mobilenet": 0.05, "vit": 3e-3}  # of training; others: 0.1
 
 # --- nets -------------------------------------------------------------------------------------
@@ -137,6 +138,10 @@ def vit(size: int = 28) -> nn.Module:
 NETS: dict[str, Callable[[], nn.Module]] = {
     "vgg": vgg, "resnet20": resnet20, "mobilenet": mobilenet, "vit": vit,
 }  # fmt: skip
+
+
+def epochs_of(name: str, quick: bool) -> int:
+    return SLOW.get(name, QUICK_EPOCHS) if quick else EPOCHS[name]
 
 
 # --- training ---------------------------------------------------------------------------------

@@ -66,6 +66,11 @@ class Cell:
     allocation: str
     repair: str
 
+    def possible(self) -> bool:
+        """Nothing goes by batch normalisation where there is none."""
+        about = {self.criterion, self.repair} & {"bn", "bn_scale", f"{THEIRS} BN scale"}
+        return not (self.net == "vit" and about)
+
     @property
     def urgency(self) -> tuple[int, ...]:
         """Sorts first what says most: first seed, 50% and 30%, uniform ratios, the search."""
@@ -98,7 +103,7 @@ def cells(o: argparse.Namespace) -> list[Cell]:
             for budget in o.budgets
             for kind in IMPORTANCES
         ]
-    return sorted(found, key=lambda c: c.urgency)
+    return sorted(filter(Cell.possible, found), key=lambda c: c.urgency)
 
 
 class Case:
@@ -109,7 +114,7 @@ class Case:
         x, y = nets.images_of(o.data, True)
         test = nets.images_of(o.data, False)
         self.test = test[0][: o.test], test[1][: o.test]
-        epochs = o.epochs or (nets.QUICK_EPOCHS if o.quick else nets.EPOCHS[name])
+        epochs = o.epochs or nets.epochs_of(name, o.quick)
         self.net = nets.trained(name, o.data, epochs, Path(o.cache), x, y)
         first = seed * o.calibration % (len(x) - o.calibration)
         chosen = slice(first, first + o.calibration)

@@ -49,7 +49,7 @@ class Case:
         self.x, self.y = nets.images_of(o.data, True)
         test = nets.images_of(o.data, False)
         self.test = test[0][: o.test], test[1][: o.test]
-        epochs = nets.QUICK_EPOCHS if o.quick else nets.EPOCHS[name]
+        epochs = nets.epochs_of(name, o.quick)
         self.net = nets.trained(name, o.data, epochs, Path(o.cache), self.x, self.y)
         self.first = seed * CALIBRATION % (len(self.x) - CALIBRATION)
         self.journal = Path(tempfile.mkdtemp()) / "search.journal"  # one search for all repairs
