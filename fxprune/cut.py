@@ -95,7 +95,7 @@ def _tensors_of(module: nn.Module) -> set[str]:
         f"{path}.{atom}" if path else atom
         for path, m in module.named_modules(remove_duplicate=False)
         for own in (m._parameters, m._buffers)
-        for atom in own
+        for atom, _ in own.items()
     }
 
 
