@@ -49,3 +49,23 @@ class KeysWithoutBias(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+@case("qkv.weight:0 fc1.weight:0 fc2.weight:0 out.weight:1", "places:0 places:1", inputs=TOKENS)
+class LearnedBias(nn.Module):
+    """A bias of the scores that a small net makes from places and an index picks from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 3 * H * D), nn.Linear(H * D, 8)
+        self.fc1, self.fc2 = nn.Linear(2, 8), nn.Linear(8, H)
+        self.register_buffer("places", torch.randn(3, 3, 2))
+        self.register_buffer("index", torch.randint(0, 9, (25,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        table = self.fc2(self.fc1(self.places).relu()).view(-1, H)
+        bias = table[self.index].view(5, 5, H).permute(2, 0, 1)[None]
+        q, k, v = self.qkv(x).reshape(n, t, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))

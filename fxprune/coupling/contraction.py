@@ -149,10 +149,11 @@ def _attention(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out:
 def _masked(labels: Labels, mask: Tensor, scores: Fields) -> None:
     """A mask that broadcasts against the scores [*, L, S]: where it has extent, it holds them."""
     fields = [align(f, scores[0].ndim) for f in labels.of(mask)] if scores else labels.of(mask)
+    scored: frozenset[int] = frozenset().union(*(varying(g) for g in scores))
     for f in fields:
         for g in scores:
             labels.relate(f, g)
-        if not scores:
+        if not varying(f) <= scored:  # positions that the scores have anyway
             labels.lock(f, "masks attention whose channels are fixed")
     covered: frozenset[int] = frozenset().union(*(varying(f) for f in fields))
     for g in scores:
