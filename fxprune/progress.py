@@ -16,15 +16,15 @@ from rich.progress import (
 
 
 def bar(shown: bool) -> Progress:
-    """What is done, a note (the task's field ``note``), time gone and time left."""
+    """What is done, a note (the task's field ``note``), time gone and time left: 80 columns."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=Console(stderr=True),
         disable=not shown,
     )

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -283,6 +284,12 @@ def _built(path: str, digest: str) -> Fitness:
         return _known[digest]
 
 
+def _begin(threads: int) -> None:
+    """In a new worker. Ctrl-C is for the process that waits for it; it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
 @contextmanager
 def local_workers(count: int) -> Iterator[Executor | None]:
     """``count`` worker processes on this machine; None for 0.
@@ -300,7 +307,7 @@ def local_workers(count: int) -> Iterator[Executor | None]:
         )
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(count, context, _begin, (threads,))
     try:
         yield pool
     finally:

@@ -180,7 +180,7 @@ class Memory:
                 "accepted": False,
             }
         )
-        self._bar.update(self._task, advance=1, note=f"fitness {value:.4g}, best {self._best:.4g}")
+        self._bar.update(self._task, advance=1, note=f"{value:.3g}, best {self._best:.3g}")
 
     def accept(self, state: IntArray) -> None:
         """The search moved to this state, which has been evaluated."""
@@ -188,7 +188,7 @@ class Memory:
         if self._journal is not None:
             self._journal.add("accepted", tuple(self._counts(state)))
         self._best = self._known[key(state)]
-        self._bar.update(self._task, note=f"fitness {self._best:.4g}, best {self._best:.4g}")
+        self._bar.update(self._task, note=f"{self._best:.3g}, best {self._best:.3g}")
 
 
 def key(state: IntArray) -> tuple[int, ...]:
