@@ -22,7 +22,7 @@ from fxprune.cut import cut
 from fxprune.errors import DataError, InputError, ModelError
 from fxprune.renorm import some
 from fxprune.repair import LeastSquares
-from fxprune.replay import FEWEST, Replay, affordable
+from fxprune.replay import FEWEST, Replay, affordable, comparing
 from fxprune.sequential import best_form
 from fxprune.traced import Traced
 from fxprune.types import PrunePlan
@@ -143,10 +143,11 @@ def final_rounds(
     """
     room = affordable(final.traced)
     dear = room < 2 * SEMIFINAL_SAMPLES
-    seen = some(final.seen, max(FEWEST, min(SEMIFINAL_SAMPLES, room // 2)))
+    held = comparing(room)
+    seen = some(final.seen, max(FEWEST, min(SEMIFINAL_SAMPLES, room - held)))
     if not divergence:
         return None, replace(final, seen=seen) if dear else final
-    held_out = some(final.held_out, max(FEWEST, room // 2))
+    held_out = some(final.held_out, held)
     measure = KLFitness(final.traced, None, held_out).of
     rough = replace(final, seen=seen, held_out=held_out, measure=measure)
     return (None, rough) if dear else (rough, final)

@@ -41,7 +41,8 @@ from fxprune.types import ChannelGroup, Consumer, PrunePlan
 MAX_SAMPLES = 128  # for the repair of candidates; the final repair takes more
 MAX_BYTES = 1 << 30  # of activations that are kept at cut points
 MAX_LIVE = 2 << 30  # of activations of a candidate at a time, and of the original's rows
-MAX_MACS = 64 * 10**9  # of the original on the samples of one evaluation: a second or two
+MAX_MACS = 96 * 10**9  # of the original on the samples of one evaluation: a second or two
+COMPARED = 3  # one of so many of these samples compares; repairs suffer more from few samples
 FEWEST = 16  # samples that repair and compare, however large or dear they are
 MAX_CUTS = 32  # cut points
 
@@ -76,7 +77,7 @@ class Replay:
     ) -> None:
         self.traced = traced
         room = min(affordable(traced), _fitting(traced, some(repair, 1)[0], max_live))
-        held_out = some(held_out, max(FEWEST, room // 2))
+        held_out = some(held_out, comparing(room))
         room -= sum(samples_of(b) for b in held_out)
         repair = some(repair, max(FEWEST, min(max_samples, room)))
         repair = _in_folds([p for b in repair for p in in_pieces(b)])
@@ -120,6 +121,11 @@ def affordable(traced: Traced, macs: int | None = None) -> int:
     """Samples that pass the original for so many multiply-adds; None: those of an evaluation."""
     one = traced.cost().macs / max(1, samples_of(traced.example_inputs))
     return int((MAX_MACS if macs is None else macs) // max(1, one))
+
+
+def comparing(room: int) -> int:
+    """How many of the samples of an evaluation compare outputs, where there are enough of both."""
+    return max(FEWEST, room // COMPARED)
 
 
 def _fitting(traced: Traced, one: tuple[Any, ...], most: int) -> int:

@@ -39,7 +39,7 @@ from fxprune.isolate import rng_kept
 from fxprune.observe import observe
 from fxprune.renorm import some
 from fxprune.repair import LeastSquares, repair_bn
-from fxprune.replay import FEWEST, Once, Replay, affordable
+from fxprune.replay import Once, Replay, affordable, comparing
 from fxprune.traced import Traced, trace
 from fxprune.types import PrunePlan
 
@@ -79,7 +79,7 @@ class Recipe:
             repair = mend or self._least_squares(traced)
         if self.evaluate is not None:
             return EvaluateFitness(traced, repair, self.evaluate)
-        return KLFitness(traced, repair, some(self.held_out, max(FEWEST, affordable(traced) // 2)))
+        return KLFitness(traced, repair, some(self.held_out, comparing(affordable(traced))))
 
     def settled(
         self, traced: Traced, mend: LeastSquares | None, probe: PrunePlan

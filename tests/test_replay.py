@@ -184,8 +184,8 @@ def test_dear_samples_are_fewer_and_comparisons_at_the_end_too(
 
     for limit, samples, rough, whole in (
         (10**6, (128, 90), (64, 90), (200, 90)),
-        (150, (75, 75), (64, 75), (200, 90)),
-        (100, (50, 50), None, (50, 50)),
+        (150, (100, 50), (64, 50), (200, 90)),
+        (100, (67, 33), None, (64, 33)),
         (3, (16, 16), None, (16, 16)),
     ):
         monkeypatch.setattr("fxprune.replay.MAX_MACS", limit * one)
