@@ -51,12 +51,14 @@ class KeysWithoutBias(nn.Module):
         return self.out(y.transpose(1, 2).reshape(n, t, -1))
 
 
-@case("qkv.weight:0 fc1.weight:0 fc2.weight:0 out.weight:1", "places:0 places:1", inputs=TOKENS)
+@case("qkv.weight:0 fc1.weight:0 fc2.weight:0 out.weight:1", "places:0", inputs=TOKENS, how="sdpa")
+@case("qkv.weight:0 fc1.weight:0 out.weight:1", "places:0 places:1", inputs=TOKENS, how="product")
 class LearnedBias(nn.Module):
     """A bias of the scores that a small net makes from places and an index picks from."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
+        self.how = how
         self.qkv, self.out = nn.Linear(8, 3 * H * D), nn.Linear(H * D, 8)
         self.fc1, self.fc2 = nn.Linear(2, 8), nn.Linear(8, H)
         self.register_buffer("places", torch.randn(3, 3, 2))
@@ -67,5 +69,11 @@ class LearnedBias(nn.Module):
         table = self.fc2(self.fc1(self.places).relu()).view(-1, H)
         bias = table[self.index].view(5, 5, H).permute(2, 0, 1)[None]
         q, k, v = self.qkv(x).reshape(n, t, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if self.how == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            bias = bias.expand(n, -1, -1, -1).flatten(0, 1)
+            q, k, v = (z.flatten(0, 1) for z in (q, k, v))
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.5)
+            y = torch.bmm(scores.softmax(-1), v).unflatten(0, (n, H))
         return self.out(y.transpose(1, 2).reshape(n, t, -1))
