@@ -1,6 +1,6 @@
 """repair="distill": a short distillation from the original on the calibration data, no labels.
 
-After least squares, a few hundred steps of gradient descent draw the pruned model's outputs and
+After least squares, hundreds of steps of gradient descent draw the pruned model's outputs and
 inner features (:mod:`fxprune.imitate`) to the original's. Batch normalisation stays in eval mode:
 its statistics do not move, since calibration data is rarely the training distribution; its scale
 and shift do. Few samples are fitted too well soon, so most batches are mixtures of two samples
