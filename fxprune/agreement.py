@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fxprune.capture import state_kept
 from fxprune.inputs import longer
 from fxprune.isolate import uncompiled
 from fxprune.leaves import is_leaf
@@ -52,13 +51,6 @@ def agree(model: nn.Module, call: Call, graph: nn.Module, inputs: tuple[Any, ...
             with _stronger(graph):
                 same = runs.same(inputs, _FAR)
     return same is not False
-
-
-def runs_in_training(model: nn.Module, call: Call, inputs: tuple[Any, ...]) -> bool:
-    """Whether ``call`` runs ``model`` in train mode too; nothing of the model is changed."""
-    with state_kept(model):
-        model.train()
-        return _outputs(call, longer(inputs)) is not None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune import indexing, reductions  # noqa: F401 - they register rewriting rules
-from fxprune.agreement import agree, runs_in_training
+from fxprune.agreement import agree
 from fxprune.assembly import assembled, attributes, targets
 from fxprune.capture import capture
 from fxprune.copies import copied, twin
@@ -190,8 +190,7 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     """An instance of the user's class with the parameters of ``pruned``, or None.
 
     None where that class does not run at the new widths, or does not compute what the graph
-    computes on the example inputs, or by its operations cannot; or where it can no longer be
-    trained, since layers that only training uses (auxiliary heads) are as wide as before.
+    computes on the example inputs, or by its operations cannot.
     """
     base = traced.captured.base
     if pruned.meta.get(_OWN) or isinstance(base, fx.GraphModule):
@@ -221,10 +220,6 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
         if not followed or not agree(model, call, pruned, inputs):
             return None
         if not _calculates_alike(traced, model):
-            return None
-    if _tensors_of(base) - _tensors_of(graph):
-        before = functools.partial(traced.captured.given.call, base)
-        if runs_in_training(base, before, inputs) and not runs_in_training(model, call, inputs):
             return None
     return model
 

@@ -87,7 +87,8 @@ class Rewriter:
         """A node or number with the value that ``node`` has in the unpruned graph."""
         if makes_tensors(self.sizes.old(node)) or not self.sizes.changed(node):
             return self.env[node]
-        self.computes_more = True  # the class takes the number that it finds
+        if isinstance(self.sizes.old(node), (int, float, tuple)):  # no device
+            self.computes_more = True  # the class takes the number that it finds
         if node not in self.originals:
             self.originals[node] = self._original(node)
         return self.originals[node]

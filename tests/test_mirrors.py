@@ -8,7 +8,6 @@ from oracle import oracle_error, random_plan, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fxprune
 from fxprune.cut import as_user_class, cut
 from fxprune.mirrors import changed_numbers
 from fxprune.traced import Traced, trace
@@ -108,34 +107,3 @@ def test_what_changed_in_which_module() -> None:
     pruned = cut(traced, PrunePlan({stream.name: tuple(range(10))}))
     found = changed_numbers(traced.captured.graph_module.graph, pruned.graph)
     assert found == {"": {24: 10}, "norm": {24: 10}, "scaled": {24: 10}}
-
-
-class Auxiliary(nn.Module):
-    """A head that only training uses; ``fits``: whether it reads what stays as wide as it is."""
-
-    def __init__(self, fits: bool) -> None:
-        super().__init__()
-        self.a, self.n, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 3)
-        self.fits, self.head = fits, nn.Conv2d(3 if fits else 8, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        y = self.n(self.a(x)).relu()
-        out = self.b(y)
-        return (out, self.head(x if self.fits else y)) if self.training else out
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_class_that_can_no_longer_be_trained_is_not_given(fits: bool) -> None:
-    torch.manual_seed(0)
-    model, x = randomise(Auxiliary(fits)), torch.randn(2, 3, 8, 8)
-    result = fxprune.prune(
-        model, x, 0.5, [x], repair=None, allocation="uniform", criterion="l1", round_to=1
-    )
-    assert isinstance(result.model, Auxiliary) == fits
-    kept = list(result.plan.kept["a"])
-    state = result.model.state_dict()
-    assert not result.model.training and 0 < len(kept) < 8
-    assert torch.equal(state["n.running_mean"], model.n.running_mean[kept])
-    assert state["head.weight"].shape[1] == (3 if fits else 8)
-    outputs = result.model.train()(x)
-    assert len(outputs) == 2 if fits else outputs.shape == (2, 5, 4, 4)
