@@ -117,10 +117,10 @@ class Replay:
             Walk(self.traced, plan, self.original, side).run()
 
 
-def affordable(traced: Traced, macs: int | None = None) -> int:
-    """Samples that pass the original for so many multiply-adds; None: those of an evaluation."""
+def affordable(traced: Traced) -> int:
+    """Samples that pass the original for the multiply-adds of an evaluation."""
     one = traced.cost().macs / max(1, samples_of(traced.example_inputs))
-    return int((MAX_MACS if macs is None else macs) // max(1, one))
+    return int(MAX_MACS // max(1, one))
 
 
 def comparing(room: int) -> int:

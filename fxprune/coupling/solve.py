@@ -271,7 +271,7 @@ class _Solver:
             return []
         before = self.size()
         self._untangle(order, uses, conflicts)
-        return self._components(order, links, uses) if self.size() == before else []
+        return self._components(order, links) if self.size() == before else []
 
     def _untangle(
         self,
@@ -321,13 +321,7 @@ class _Solver:
             return
         self.unite(np.broadcast_to(flat[:1], flat.shape).ravel(), flat.ravel())
 
-    def _components(
-        self,
-        order: list[IntArray],
-        links: list[tuple[int, int]],
-        uses: list[tuple[IntArray, list[int]]],
-    ) -> list[IntArray]:
-        """Rows that one rect holds, directly or by way of others, are one block."""
+    def _components(self, order: list[IntArray], links: list[tuple[int, int]]) -> list[IntArray]:
         if not links:
             return []
         a, b = np.array(links).T
@@ -339,22 +333,14 @@ class _Solver:
             if len(lines) < 2:
                 continue
             if len({len(line) for line in lines}) > 1:
-                self._level(lines, [rect for rect, ids in uses if comp[ids[0]] == k])
+                everything = np.concatenate(lines)
+                self.unite(np.full(len(everything), everything[0]), everything)
                 continue
             block = np.stack(lines)
             if not self._alike(block):
                 self._pair(block)
             blocks.append(block)
         return blocks
-
-    def _level(self, lines: list[IntArray], rects: list[IntArray]) -> None:
-        """Rows of which one ties several columns (a rotation turns pairs): then all rows do."""
-        before = self.size()
-        for rect in rects:
-            self._tie(rect)
-        if self.size() == before:
-            everything = np.concatenate(lines)
-            self.unite(np.full(len(everything), everything[0]), everything)
 
     def _alike(self, block: IntArray) -> bool:
         """Whether all units of a block lie in the same parameter dims, equally often."""
