@@ -5,8 +5,9 @@
 Two families: a chain of N residual blocks (all blocks share one channel group), and a dense block
 of N layers, each of which reads the concatenation of all before it (N groups; the input of the last
 layer has N members). Widths are small, so that the analysis and not the arithmetic is measured. The
-exponent is the slope of a straight line through log(seconds) over log(N), over all N and over the
-last two.
+exponents are slopes of a straight line through log(seconds), over log(N) and over the logarithm of
+the graph's size, for all N and for the last two. The size is the number of edges (inputs of nodes):
+that of a chain grows with N, that of a dense block with N^2.
 """
 
 from __future__ import annotations
@@ -90,15 +91,17 @@ def seconds(family: str, n: int, runs: int) -> dict[str, Any]:
     cutting = measure(lambda _: cut(traced, plan), runs=runs)
     return {
         "groups": len(traced.groups),
+        "edges": sum(len(n.all_input_nodes) for n in traced.graph_module.graph.nodes),
         "trace": analysis.as_dict(),
         "cut": cutting.as_dict(),
         "total": analysis.cpu + cutting.cpu,
     }
 
 
-def exponent(sizes: list[int], values: list[float]) -> float:
-    """Slope of log(values) over log(sizes)."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+def exponents(sizes: list[int], values: list[float]) -> list[float]:
+    """Slope of log(values) over log(sizes): over all, and over the last two."""
+    x, y = np.log(sizes), np.log(values)
+    return [float(np.polyfit(x[-last:], y[-last:], 1)[0]) for last in (len(x), 2)]
 
 
 def main() -> None:
@@ -118,11 +121,13 @@ def main() -> None:
         for n in (int(s) for s in options.sizes.split(",")):
             points[str(n)] = seconds(family, n, runs)
             print(f"{family} {n}: {points[str(n)]['total']:.2f} s of CPU", flush=True)
-            done = [int(k) for k in points], [v["total"] for v in points.values()]
+            totals = [v["total"] for v in points.values()]
             rows[family] = {"points": points}
             if len(points) > 1:
-                rows[family]["exponent"] = exponent(*done)
-                rows[family]["last"] = exponent(done[0][-2:], done[1][-2:])
+                rows[family]["over N"] = exponents([int(k) for k in points], totals)
+                rows[family]["over edges"] = exponents(
+                    [v["edges"] for v in points.values()], totals
+                )
             path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
             if points[str(n)]["total"] > options.limit:
                 break
