@@ -38,7 +38,7 @@ R = torch.randn
 class Model(NamedTuple):
     name: str
     build: Callable[[], nn.Module]
-    inputs: Any  # a tensor, a tuple, or a mapping of keywords
+    inputs: Any  # a tensor, a tuple, a mapping of keywords; or a function of the model gives them
 
 
 def smp() -> Iterator[Model]:
@@ -102,7 +102,7 @@ def monai() -> Iterator[Model]:
     efficient = lambda: n.EfficientNetBN("efficientnet-b0", pretrained=False, **small)  # noqa: E731
     yield Model("EfficientNetBN", efficient, flat)
     yield Model(
-        "VarAutoEncoder", lambda: n.VarAutoEncoder(2, (64, 64), 1, 8, (8, 16), (1, 2)), flat
+        "VarAutoEncoder", lambda: n.VarAutoEncoder(2, (1, 64, 64), 1, 8, (8, 16), (1, 2)), flat
     )
     yield Model("Quicknat", lambda: n.Quicknat(2, 1, num_filters=16), flat)
 
@@ -222,11 +222,8 @@ def pytorchcv() -> Iterator[Model]:
     for name in sorted(provider._models):
         first.setdefault(provider._models[name].__module__, name)
     for name in first.values():
-        small = name.endswith(("cifar10", "cifar100", "svhn"))
-        large = any(part in name for part in ("nasnet", "polynet", "inception", "xception"))
-        size = 32 if small else 480 if "_c" in name else 331 if large else 224
         build = lambda name=name: provider.get_model(name, pretrained=False)  # noqa: E731
-        yield Model(name, build, R(1, 3, size, size))
+        yield Model(name, build, lambda net: R(1, 3, *net.in_size))
 
 
 LIBRARIES = {f.__name__: f for f in (
@@ -238,7 +235,8 @@ def checked(model: Model) -> str:
     """One line: what was found."""
     torch.manual_seed(0)
     net = randomise(model.build().eval()).double()
-    given = model.inputs if isinstance(model.inputs, (tuple, dict)) else (model.inputs,)
+    given = model.inputs(net) if callable(model.inputs) else model.inputs
+    given = given if isinstance(given, (tuple, dict)) else (given,)
     floats = tree_map_only(torch.Tensor, _as_double, given)
     start = time.process_time()
     traced = fxprune.trace(net, floats)
