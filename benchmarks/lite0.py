@@ -10,6 +10,7 @@ For each recipe: the Kullback-Leibler divergence from the original's outputs and
 on which both name the same class, on 512 crops of photographs that calibration has not seen. Half
 of the photographs are for calibration, crop after crop of one photograph, so that the last quarter,
 which the search and the choice of ridges hold out, shows other photographs than the rest.
+``--more`` crops of that rest are for the distillation alone.
 
 Rows are kept as JSON lines in ``--cache``; what is known is not run again.
 """
@@ -67,13 +68,24 @@ def net() -> nn.Module:
 
 
 def images(o: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """(calibration crops, photograph by photograph; test crops), normalised, [N, 3, 224, 224]."""
+    """(calibration crops, photograph by photograph; test crops), normalised, [N, 3, 224, 224].
+
+    The former end with those for the distillation alone.
+    """
     seen, unseen = halves(photographs(o.photographs))
     calibration = crops(seen, o.calibration)
     by_photograph = sorted(range(o.calibration), key=lambda n: (n % len(seen), n))
-    return tuple(
-        (x - LEVEL) / SPREAD for x in (calibration[by_photograph], crops(unseen, o.test, seed=1))
-    )
+    learnt = 3 * len(seen) // 4  # photographs; the others are held out
+    more = crops(seen[:learnt], o.more, seed=2)
+    given = torch.cat([calibration[by_photograph], more])
+    return tuple((x - LEVEL) / SPREAD for x in (given, crops(unseen, o.test, seed=1)))
+
+
+def repair(o: argparse.Namespace, name: str) -> str | fxprune.Distillation | None:
+    """What ``fxprune.prune`` takes."""
+    if name == "distill":
+        return fxprune.Distillation(o.steps, o.rate, samples=o.calibration + o.more, batch_size=16)
+    return None if name == "none" else name
 
 
 @torch.no_grad()
@@ -95,7 +107,7 @@ def row(
     result = fxprune.prune(
         model, calibration[:1], recipe["budget"], calibration,
         criterion=recipe["criterion"], **options,
-        repair=None if recipe["repair"] == "none" else recipe["repair"],
+        repair=repair(o, recipe["repair"]),
         calibration_samples=o.calibration, max_evaluations=o.evaluations, progress=o.progress,
         journal=journal(o, recipe),
     )  # fmt: skip
@@ -148,6 +160,9 @@ def main() -> int:
     parser.add_argument("--calibration", type=int, default=384, help="crops")
     parser.add_argument("--test", type=int, default=512, help="crops")
     parser.add_argument("--evaluations", type=int, default=60, help="of the search")
+    parser.add_argument("--steps", type=int, help="of the distillation; default: its own")
+    parser.add_argument("--rate", type=float, help="of the distillation; default: its own choice")
+    parser.add_argument("--more", type=int, default=0, help="crops, for the distillation alone")
     parser.add_argument("--photographs", help="a folder of photographs of your own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
@@ -159,16 +174,18 @@ def main() -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     data = images(o)
-    for repair in o.repairs:
+    for kind in o.repairs:
         for allocation in o.allocations:
             for criterion in o.criteria:
                 for budget in o.budgets:
                     recipe = {
                         "criterion": criterion,
                         "allocation": allocation,
-                        "repair": repair,
+                        "repair": kind,
                         "budget": budget,
                     }
+                    if kind == "distill":
+                        recipe |= {"steps": o.steps, "rate": o.rate, "more": o.more}
                     if any(recipe.items() <= r.items() for r in rows):
                         continue
                     rows.append(recipe | row(o, recipe, data))
