@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +108,10 @@ def _entering(model: nn.Module) -> Iterator[dict[str, _Trace]]:
 
     handle = register_module_forward_pre_hook(note)
     try:
-        yield found
+        with warnings.catch_warnings():
+            # A compiled model warns of hooks like this one; it runs eagerly here.
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+            yield found
     finally:
         handle.remove()
 

@@ -18,6 +18,7 @@ from fxprune.errors import DataError
 from fxprune.inputs import Inputs, divisible, samples_of
 
 Batch = tuple[Any, ...]
+TARGETS = ("labels", "label", "targets", "target", "y")
 
 # -- from data --------------------------------------------------------------------------------
 
@@ -28,20 +29,41 @@ def select(item: Any, given: Inputs, i: int) -> list[Any]:
     if isinstance(item, Mapping) and not (len(examples) == 1 and _alike(item, examples[0])):
         return _by_name(item, given, i) if given.names else _by_shape(item, examples, i)
     if not isinstance(item, (tuple, list)) or (len(examples) == 1 and _alike(item, examples[0])):
-        return [item]
+        item = (item,)
     if len(item) and isinstance(item[0], Mapping) and given.names:
         return _by_name(item[0], given, i)  # ({name: input}, targets)
     if len(item) and isinstance(item[0], (tuple, list)) and len(examples) > 1:
         item = item[0]  # ((a, b), targets)
-    wanted = [k for k, x in enumerate(examples) if _has_tensors(x)]
-    if len(item) < len(examples):
-        if len(item) == len(wanted):
-            return _filled(dict(zip(wanted, item, strict=True)), examples)
+    inputs, _ = positional(item, examples)
+    if inputs is None:
         raise DataError(
             f"batch {i} has {len(item)} values, the model takes {len(examples)} inputs; give "
             "(inputs, targets), or a tuple of all inputs"
         )
-    return list(item[: len(examples)])
+    return inputs
+
+
+def positional(
+    item: Sequence[Any], examples: Sequence[Any]
+) -> tuple[list[Any] | None, Sequence[Any]]:
+    """The inputs at the front of ``item``, None where it has too few, and what is left.
+
+    Inputs that are no tensors may be left out: they are the example's then.
+    """
+    wanted = [k for k, x in enumerate(examples) if _has_tensors(x)] or list(range(len(examples)))
+    others = [item[k] for k in range(min(len(item), len(examples))) if k not in wanted]
+    if len(item) >= len(examples) and not any(map(_has_arrays, others)):
+        return list(item[: len(examples)]), item[len(examples) :]
+    if len(item) < len(wanted):
+        return None, ()
+    return _filled(dict(zip(wanted, item, strict=False)), examples), item[len(wanted) :]
+
+
+def targets_of(item: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    """The labels in a dict of which ``inputs`` were taken: by their name, or what alone is left."""
+    rest = {k: v for k, v in item.items() if not any(v is x for x in inputs)}
+    named = [k for k in TARGETS if k in rest]
+    return rest[named[0]] if named else next(iter(rest.values())) if len(rest) == 1 else None
 
 
 def _by_name(item: Mapping[str, Any], given: Inputs, i: int) -> list[Any]:
@@ -169,6 +191,10 @@ def _tail(value: Any) -> tuple[int, ...] | None:
     if shape is None:
         return None
     return tuple(int(n) for n in shape[1:])
+
+
+def _has_arrays(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or _has_tensors(value)
 
 
 def _has_tensors(value: Any) -> bool:

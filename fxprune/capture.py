@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxprune.assembly import LazyGraphModule, assembled, attributes, targets
 from fxprune.attention import TraceableAttention
 from fxprune.copies import copied, eventful
-from fxprune.errors import ModelError
+from fxprune.errors import ModelError, first_line
 from fxprune.inputs import Inputs, longer
 from fxprune.isolate import uncompiled
 from fxprune.products import evaluating
@@ -229,9 +229,12 @@ def _check_runs(base: nn.Module, inputs: Inputs) -> None:
         shapes = [
             tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs.values
         ]
+        cure = "Give inputs that the model accepts"
+        if not tensors(inputs.values):
+            cure += ": a tensor such as torch.randn(1, 3, 224, 224), a tuple or a mapping of them"
         raise ModelError(
             f"{type(base).__name__} raises on the example inputs {shapes}: "
-            f"{type(error).__name__}: {error}. Give inputs that the model accepts"
+            f"{type(error).__name__}: {first_line(error)}. {cure}"
         ) from error
 
 

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxprune.errors import ModelError, OutputError, PlanError
-from fxprune.products import storage_key
+from fxprune.products import check_module, storage_key
 from fxprune.types import PrunePlan
 
 PLAN, STATE, RESULT = "plan.json", "model.safetensors", "result.json"
@@ -89,10 +90,13 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         body = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
+        # torch's own advice, to load without weights_only, would run what the file says
+        other = type(e).__name__ == "UnpicklingError"
+        got = "other content, or whole Python objects" if other else f"{type(e).__name__}: {e}"
         raise ModelError(
             f"weights file {path} cannot be loaded: expected safetensors (with that suffix) or a "
             f"torch file that holds only tensors, as torch.save(model.state_dict(), path) writes; "
-            f"got {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+            f"got {got.splitlines()[0]}"
         ) from e
     for _ in range(3):
         nested = next(
@@ -145,10 +149,29 @@ def load_state(model: nn.Module, state: State, source: str = "weights") -> None:
     model.load_state_dict(dict(state), strict=False)
 
 
+def check_values(model: nn.Module) -> None:
+    """ModelError unless the model's tensors hold values, all of them finite."""
+    check_module(model)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.is_meta:
+            raise ModelError(
+                f"{name!r} is on the meta device and has no values to rank and repair; trace, "
+                "cost and apply work there, for this give the model with its weights"
+            )
+    check_finite(model)
+
+
 def check_finite(model: nn.Module) -> None:
     """ModelError that names the parameters or buffers that hold NaN or Inf."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = [k for k, t in tensors if t.is_floating_point() and not bool(t.isfinite().all())]
+    lazy = [k for k, t in tensors if is_lazy(t)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]!r} has no shape yet (a lazy module); call the model once on example inputs"
+        )
+    with torch.no_grad():
+        values = [(k, t) for k, t in tensors if t.is_floating_point() and not t.is_meta]
+        bad = [k for k, t in values if not bool(t.isfinite().all())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ModelError(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune import __version__, cli_search, cli_show, cli_tune
+from fxprune import __version__, cli_search, cli_show, cli_tune, cli_values
+from fxprune.cli_values import whole
 from fxprune.errors import FxpruneError, InputError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -40,9 +41,9 @@ _BUDGETS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` without the program's name."""
-    args = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = args.command
     try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = args.command
         command(args)
     except InputError as e:
         return _fail(e, 2)
@@ -63,7 +64,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli_values.Parser(
         prog="fxprune",
         description="Structured pruning of PyTorch models: smaller, faster, verified.",
         epilog=_SPECS,
@@ -88,7 +89,9 @@ def _demo_parser(commands: Any) -> None:
     )
     demo.add_argument("--out", default=_DEMO_OUT, metavar="DIR", help="default: %(default)s")
     demo.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--seed", type=cli_values.seed, default=0, metavar="N", help="default: %(default)s"
+    )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(command=_demo)
 
@@ -99,7 +102,9 @@ def _model_arguments(command: Any) -> None:
     command.add_argument(
         "--input", metavar="SHAPE", help="shape of the input, batch first, like 1x3x224x224"
     )
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument(
+        "--seed", type=cli_values.seed, default=0, metavar="N", help="default: %(default)s"
+    )
     command.add_argument(
         "--exclude",
         action="append",
@@ -115,12 +120,12 @@ def _target_arguments(command: Any, default: str | None = None) -> None:
         "--target", default=default, metavar="NAME", help=f"where the model will run: {names}"
     )
     command.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="of the target; default: %(default)s"
+        "--threads",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="of the target; default: %(default)s",
     )
-
-
-def _rounding(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 def _inspect_parser(commands: Any) -> None:
@@ -170,26 +175,33 @@ def _prune_parser(commands: Any) -> None:
         "--repair", default="lstsq", help="lstsq, distill, bn or none; default: %(default)s"
     )
     prune.add_argument(
-        "--distill-steps", type=int, metavar="N", help="of --repair distill; default: some minutes"
+        "--distill-steps",
+        type=whole(1),
+        metavar="N",
+        help="of --repair distill; default: some minutes",
     )
     prune.add_argument(
-        "--distill-samples", type=int, default=0, metavar="N",
+        "--distill-samples", type=whole(), default=0, metavar="N",
         help="of --repair distill, where more than --calibration-samples",
     )  # fmt: skip
-    prune.add_argument("--steps", type=int, default=1, metavar="N", help="rounds of pruning")
+    prune.add_argument("--steps", type=whole(1), default=1, metavar="N", help="rounds of pruning")
     prune.add_argument(
         "--round-to",
-        type=_rounding,
+        type=cli_values.rounding,
         metavar="N",
         help='step of widths, or "auto": those that are fast on --target; default: auto with '
         "--latency or --target, else 8",
     )
     _target_arguments(prune)
     prune.add_argument(
-        "--calibration-samples", type=int, default=256, metavar="N", help="default: %(default)s"
+        "--calibration-samples",
+        type=whole(1),
+        default=256,
+        metavar="N",
+        help="default: %(default)s",
     )
     cli_search.add_search_arguments(prune)
-    prune.add_argument("--opset", type=int, metavar="N", help="ONNX opset; default: the exporter's")
+    cli_show.add_onnx_arguments(prune)
     prune.add_argument("--quiet", action="store_true", help="no progress bars")
     prune.set_defaults(command=_prune)
 
@@ -230,26 +242,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from fxprune.inputs import samples_of
     from fxprune.models import load_model
+    from fxprune.progress import working
     from fxprune.traced import trace
 
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
-    traced = trace(model, inputs).excluding(args.exclude)
+    with working("trace", True):
+        traced = trace(model, inputs).excluding(args.exclude)
     console = cli_show.console()
-    console.print(cli_show.groups_table(args.model, traced.groups, model))
-    groups = {g.name for g in traced.groups}
-    for name, reason in traced.locked.items():
-        if name not in groups:
-            console.print(f"kept whole: {name}: {reason}", markup=False)
-    batch = samples_of(traced.example_inputs)
-    cost = traced.cost()
-    console.print(
-        f"{cost.macs:,} MACs at batch {batch}, {cost.params:,} parameters, "
-        f"{cost.bytes / 1e6:,.1f} MB; {sum(g.locked is None for g in traced.groups)} of "
-        f"{len(groups)} groups can be pruned",
-        highlight=False,
-    )
+    console.print(cli_show.groups_table(args.model, traced))
+    for line in (*cli_show.locked_lines(traced), cli_show.cost_line(traced)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -271,7 +274,7 @@ def _prune(args: argparse.Namespace) -> None:
 
     from fxprune import checkpoint
     from fxprune.data import check_spec, load_data
-    from fxprune.export import check_opset, export_onnx
+    from fxprune.export import check_opset
     from fxprune.latency import latency_text
     from fxprune.models import load_model
     from fxprune.pipeline import prune
@@ -291,14 +294,14 @@ def _prune(args: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", "no calibration data", UserWarning)
         result = prune(model, inputs, data=data, **options)
     pruned = perf_counter()
-    reports: list[ExportReport] = []
+    reports: list[ExportReport | None] = []
 
     def export(folder: Path) -> Mapping[str, Any]:
-        report = export_onnx(result.model, inputs, folder / "pruned.onnx", opset=args.opset)
+        report = cli_show.export(args, result.model, inputs, folder)
         reports.append(report)
         write_report(
             result, folder / "report.html", title=f"{args.model}, pruned", inputs=_sample(data),
-            figures=[Figure("ONNX file", None, report.bytes, "bytes")],
+            figures=[Figure("ONNX file", None, report.bytes, "bytes")] if report else [],
         )  # fmt: skip
         cli_search.keep_journal(options["journal"], folder)
         seconds = {"prune": pruned - start, "export": perf_counter() - pruned}
@@ -351,6 +354,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         flags = ", ".join(f"--{m}" for m in _BUDGETS)
         raise InputError(f"no budget; give one of {flags}, for example --macs 0.5")
     bounds(Budget(**budget))
+    if args.repair != "distill" and (args.distill_steps or args.distill_samples):
+        raise InputError("--distill-steps and --distill-samples belong to --repair distill")
     distillation = Distillation(steps=args.distill_steps, samples=args.distill_samples)
     return {
         "budget": Budget(**budget),

@@ -9,7 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune.errors import InputError, OutputError
+from fxprune.cli_values import check_file, seconds, whole
+from fxprune.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +23,11 @@ JOURNAL = "search.jsonl"
 def add_search_arguments(command: Any) -> None:
     """Limits, journal and workers."""
     command.add_argument(
-        "--evals", type=int, default=60, metavar="N", help="states that the search may try"
+        "--evals", type=whole(1), default=60, metavar="N", help="states that the search may try"
     )
     command.add_argument(
         "--max-seconds",
-        type=float,
+        type=seconds,
         metavar="S",
         help="of the search; then its best is taken",
     )
@@ -43,18 +44,16 @@ def add_search_arguments(command: Any) -> None:
 
 def add_workers_argument(command: Any) -> None:
     command.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that try states side by side"
+        "--workers",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="processes that try states side by side",
     )
 
 
 def search_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of ``prune``; InputError for what cannot be."""
-    if args.evals < 1:
-        raise InputError(f"--evals must be at least 1, got {args.evals}")
-    if args.max_seconds is not None and not args.max_seconds > 0:
-        raise InputError(f"--max-seconds must be more than 0, got {args.max_seconds}")
-    if args.workers < 0:
-        raise InputError(f"--workers must be at least 0, got {args.workers}")
+    """Arguments of ``prune``."""
     return {
         "max_evaluations": args.evals,
         "max_seconds": args.max_seconds,
@@ -107,8 +106,14 @@ def add_sensitivity_arguments(command: Any) -> None:
     command.add_argument(
         "--repair", default="lstsq", choices=("lstsq", "bn", "none"), help="default: %(default)s"
     )
-    command.add_argument("--round-to", type=int, default=1, metavar="N", help="step of widths")
-    command.add_argument("--calibration-samples", type=int, default=256, metavar="N")
+    command.add_argument("--round-to", type=whole(1), default=1, metavar="N", help="step of widths")
+    command.add_argument(
+        "--calibration-samples",
+        type=whole(1),
+        default=256,
+        metavar="N",
+        help="default: %(default)s",
+    )
     command.add_argument("--plot", metavar="FILE", help="draw the curves (.svg, .png or .pdf)")
     command.add_argument("--csv", metavar="FILE", help="write the figures")
     add_workers_argument(command)
@@ -122,14 +127,15 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from fxprune.curves import sensitivity
+    from fxprune.curves import check_plot, sensitivity
     from fxprune.data import check_spec, load_data
     from fxprune.models import load_model
 
     check_spec(args.data)
     for file in (args.plot, args.csv):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise OutputError(f"{file} cannot be written: its folder does not exist")
+        check_file(file)
+    if args.plot:
+        check_plot(args.plot)
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     data = load_data(args.data, inputs, seed=args.seed)
     with warnings.catch_warnings():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune import __version__
+from fxprune.cli_values import whole
+from fxprune.errors import ExportError
 
 if TYPE_CHECKING:  # --help must not wait for torch
     from rich.console import Console
@@ -16,13 +18,14 @@ if TYPE_CHECKING:  # --help must not wait for torch
 
     from fxprune.export import ExportReport
     from fxprune.pipeline import PruneResult
+    from fxprune.traced import Traced
     from fxprune.types import ChannelGroup, Cost
 
 
 def figures(
     args: argparse.Namespace,
     result: PruneResult,
-    report: ExportReport,
+    report: ExportReport | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The body of result.json."""
@@ -37,7 +40,7 @@ def figures(
         "before": before,
         "after": after,
         "share": {k: after[k] / before[k] if before[k] else 1.0 for k in before},
-        "onnx": report.to_dict(),
+        "onnx": report.to_dict() if report else None,
         "pruning": result.report,
         "seconds": dict(seconds),
         "versions": {
@@ -67,50 +70,104 @@ def cost_table(title: str, before: Cost, after: Cost) -> Table:
     return table
 
 
-def tell(console: Console, report: ExportReport, out: Path, first: str) -> None:
-    batch = "any batch size" if report.dynamic_batch else f"batch {report.batch_sizes[0]} only"
-    sizes = ", ".join(map(str, report.batch_sizes))
-    lines = [
-        first,
-        f"ONNX: {report.bytes / 1e6:,.1f} MB, opset {report.opset}, {batch}; in onnxruntime "
-        f"relative error {report.max_error:.1e} at batch {sizes} (at most {report.tolerance:.0e})",
-        *(f"ONNX: {note}" for note in report.notes),
+def add_onnx_arguments(command: Any) -> None:
+    command.add_argument(
+        "--opset", type=whole(1), metavar="N", help="ONNX opset; default: the exporter's"
+    )
+    command.add_argument("--no-onnx", action="store_true", help="write no ONNX file")
+
+
+def export(
+    args: argparse.Namespace, model: nn.Module, inputs: Any, folder: Path
+) -> ExportReport | None:
+    """``pruned.onnx``, unless it is not wanted. An ExportError says how to go on without."""
+    from fxprune.export import export_onnx
+    from fxprune.progress import working
+
+    if args.no_onnx:
+        return None
+    try:
+        with working("export", not args.quiet):
+            return export_onnx(model, inputs, folder / "pruned.onnx", opset=args.opset)
+    except ExportError as e:
+        raise ExportError(f"{e}. The same command with --no-onnx writes everything else") from e
+
+
+def tell(console: Console, report: ExportReport | None, out: Path, first: str) -> None:
+    lines = [first]
+    if report is not None:
+        batch = "any batch size" if report.dynamic_batch else f"batch {report.batch_sizes[0]} only"
+        sizes = ", ".join(map(str, report.batch_sizes))
+        lines += [
+            f"ONNX: {report.bytes / 1e6:,.1f} MB, opset {report.opset}, {batch}; in onnxruntime "
+            f"relative error {report.max_error:.1e} at batch {sizes} "
+            f"(at most {report.tolerance:.0e})",
+            *(f"ONNX: {note}" for note in report.notes),
+        ]
+    lines += [
         f"Everything lies in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def groups_table(title: str, groups: Sequence[ChannelGroup], model: nn.Module) -> Table:
-    """One row for each group; params: share of all parameters that lie at its channels."""
+def groups_table(title: str, traced: Traced) -> Table:
+    """One row for each group that can be pruned; what of the whole model would go with it."""
+    import numpy as np
     from rich.markup import escape
     from rich.table import Table
 
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    total = sum(s.numel() for s in shapes.values()) or 1
     table = Table(title=f"Channel groups of {escape(title)}")
-    for head, justify in (
-        ("group", "left"),
-        ("channels", "right"),
-        ("rows", "right"),
-        ("members", "right"),
-        ("params", "right"),
-        ("locked", "left"),
-    ):
-        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for g in groups:
-        touched: dict[str, float] = {}
-        for m in g.members:
-            if m.param in shapes:
-                shape = shapes[m.param]
-                part = shape.numel() * m.index.size / shape[m.dim]
-                touched[m.param] = max(part, touched.get(m.param, 0))
-        share = sum(touched.values()) / total
-        table.add_row(
-            escape(g.name), str(g.n), str(g.rows), str(len(g.members)), f"{share:.1%}",
-            escape(g.locked or ""),
-        )  # fmt: skip
+    table.add_column("group", overflow="fold")
+    for head in ("channels", "tensors", "params", "MACs"):
+        table.add_column(head, justify="right", no_wrap=True)
+    full = traced.costs.full_counts()
+    without = np.where(np.eye(len(full), dtype=bool), 0, full)
+    left, whole = traced.costs.evaluate(np.vstack([without, full])), traced.cost()
+    for i, g in enumerate(traced.groups):
+        if g.locked is None:
+            channels = str(g.n) if g.rows == 1 else f"{g.rows} x {g.width}"
+            shares = 1 - left.params[i] / (whole.params or 1), 1 - left.macs[i] / (whole.macs or 1)
+            tensors = len({m.param for m in g.members})
+            table.add_row(escape(g.name), channels, str(tensors), *(f"{s:.1%}" for s in shares))
     return table
+
+
+def locked_lines(traced: Traced) -> list[str]:
+    """Why channels stay, one line for each reason."""
+    locked = [g for g in traced.groups if g.locked is not None]
+    if not locked:
+        return []
+    channels = sum(g.n for g in locked)
+    lines = [f"Locked: {len(locked)} of {len(traced.groups)} groups, {channels:,} channels"]
+    reasons: dict[str, list[ChannelGroup]] = {}
+    for g in locked:
+        reasons.setdefault(str(g.locked).rpartition(" at ")[0] or str(g.locked), []).append(g)
+    for reason, groups in sorted(reasons.items(), key=lambda r: -sum(g.n for g in r[1])):
+        told = reason if len(groups) > 1 else groups[0].locked
+        names = ", ".join(g.name for g in groups[:3])
+        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+        lines.append(f"  {sum(g.n for g in groups):,} channels: {told}: {names}{more}")
+    opaque = traced.captured.opaque
+    return lines + [f"Kept whole: {name}: {reason}" for name, reason in opaque.items()]
+
+
+def cost_line(traced: Traced) -> str:
+    """What the model costs, and what would be left of it with all groups at their smallest."""
+    import numpy as np
+
+    from fxprune.inputs import samples_of
+
+    cost, groups = traced.cost(), traced.groups
+    smallest = traced.costs.cost(np.array([g.choices(8)[0] for g in groups], dtype=np.int64))
+    free = sum(g.locked is None for g in groups)
+    shares = smallest.macs / (cost.macs or 1), smallest.params / (cost.params or 1)
+    down = f", down to {shares[0]:.1%} of the MACs and {shares[1]:.1%} of the parameters"
+    return (
+        f"{cost.macs:,} MACs at batch {samples_of(traced.example_inputs)}, {cost.params:,} "
+        f"parameters, {cost.bytes / 1e6:,.1f} MB; {free} of {len(groups)} groups can be pruned"
+        f"{down if free else ''}"
+    )
 
 
 def console() -> Console:

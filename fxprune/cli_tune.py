@@ -11,11 +11,13 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxprune import cli_show, cli_values
+from fxprune.cli_values import number, whole
 from fxprune.errors import InputError, SpecError
 
 if TYPE_CHECKING:  # --help must not wait for torch
@@ -41,21 +43,23 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--test", metavar="SPEC", help="default: the test part of --data, if any")
     command.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    command.add_argument("--epochs", type=int, default=1, metavar="N", help="default: %(default)s")
     command.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="of each process; default: 64"
+        "--epochs", type=whole(1), default=1, metavar="N", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--batch-size", type=whole(1), default=64, metavar="N", help="of each process; default: 64"
     )
     command.add_argument("--optimizer", default="adamw", help="adamw or sgd; default: %(default)s")
-    command.add_argument("--lr", type=float, metavar="RATE", help="default: the optimizer's")
+    command.add_argument("--lr", type=number, metavar="RATE", help="default: the optimizer's")
     command.add_argument(
         "--distill",
-        type=float,
+        type=number,
         default=0.5,
         metavar="SHARE",
         help="of the distillation in the loss, 0 to 1; default: %(default)s",
     )
     command.add_argument(
-        "--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.99"
+        "--ema", type=number, metavar="DECAY", help="average the weights, e.g. 0.99"
     )
     command.add_argument(
         "--mixed-precision", default="auto", help="auto, no, bf16 or fp16; default: %(default)s"
@@ -66,8 +70,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="MODEL", help="the original; default: as in SOURCE")
     command.add_argument("--weights", metavar="FILE", help="its weights; default: as in SOURCE")
     command.add_argument("--input", metavar="SHAPE", help="its input; default: as in SOURCE")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--opset", type=int, metavar="N", help="ONNX opset")
+    command.add_argument(
+        "--seed", type=cli_values.seed, default=0, metavar="N", help="default: %(default)s"
+    )
+    cli_show.add_onnx_arguments(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -89,7 +95,7 @@ class Tuned:
     out: Path
     result: TuneResult
     accuracy: Mapping[str, float]
-    onnx: ExportReport
+    onnx: ExportReport | None
 
 
 def run(args: argparse.Namespace) -> Tuned | None:
@@ -99,8 +105,6 @@ def run(args: argparse.Namespace) -> Tuned | None:
     from fxprune.export import check_opset
     from fxprune.tune import Tuning, finetune
 
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     checkpoint.check_target(args.out, overwrite=args.overwrite)
     check_opset(args.opset)
     for spec in filter(None, (args.data, args.test)):
@@ -115,6 +119,7 @@ def run(args: argparse.Namespace) -> Tuned | None:
     given = {"batch_size": args.batch_size, "seed": args.seed}
     data = load_data(args.data, source.inputs, shuffle=True, **given)
     assert data is not None
+    tests = _tests(args, source)
     state = Path(args.checkpoint or f"{args.out}.tuning")
     result = finetune(
         source.model, data, args.epochs, teacher=source.original if args.distill else None,
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> Tuned | None:
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
         return None
-    tuned = _saved(args, source, result)
+    tuned = _saved(args, source, result, tests)
     if args.checkpoint is None:
         shutil.rmtree(state, ignore_errors=True)
     return tuned
@@ -159,17 +164,18 @@ def _source(args: argparse.Namespace) -> Source:
     return Source(small, original, inputs, plan, figures)
 
 
-def _saved(args: argparse.Namespace, source: Source, result: TuneResult) -> Tuned:
+def _saved(
+    args: argparse.Namespace, source: Source, result: TuneResult, tests: Iterable[Any]
+) -> Tuned:
     from fxprune import checkpoint
-    from fxprune.export import export_onnx
+    from fxprune.progress import working
 
-    accuracy = _accuracy(args, source, result)
-    reports: list[ExportReport] = []
+    with working("test", not args.quiet):
+        accuracy = _accuracy(source, result, tests)
+    reports: list[ExportReport | None] = []
 
     def export(folder: Path) -> Mapping[str, Any]:
-        reports.append(
-            export_onnx(result.model, source.inputs, folder / "pruned.onnx", opset=args.opset)
-        )
+        reports.append(cli_show.export(args, result.model, source.inputs, folder))
         known = source.figures
         _report(args, source, result, accuracy, reports[0], folder)
         asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
@@ -181,7 +187,7 @@ def _saved(args: argparse.Namespace, source: Source, result: TuneResult) -> Tune
             "options": {**asked, **named, "seed": origin.get("seed", args.seed)},
             "tuning": result.to_dict(),
             "accuracy": accuracy,
-            "onnx": reports[0].to_dict(),
+            "onnx": reports[0].to_dict() if reports[0] else None,
         }
 
     out = checkpoint.save(
@@ -195,7 +201,7 @@ def _report(
     source: Source,
     result: TuneResult,
     accuracy: Mapping[str, float],
-    onnx: ExportReport,
+    onnx: ExportReport | None,
     folder: Path,
 ) -> None:
     """report.html, where the original is known."""
@@ -212,7 +218,7 @@ def _report(
         result.model, graph, graph, traced, source.plan, traced.cost(), traced.cost(source.plan),
         dict(source.figures.get("pruning", {})),
     )  # fmt: skip
-    figures = [Figure("ONNX file", None, onnx.bytes, "bytes")]
+    figures = [Figure("ONNX file", None, onnx.bytes, "bytes")] if onnx else []
     if accuracy:
         names = (("original", "Accuracy, to the original"), ("before", "Accuracy, by tuning"))
         figures += [Figure(n, accuracy[k], accuracy["after"], "share", "more") for k, n in names]
@@ -225,19 +231,25 @@ def _report(
     )  # fmt: skip
 
 
-def _accuracy(args: argparse.Namespace, source: Source, result: TuneResult) -> dict[str, float]:
-    """Top-1 on the test part: of the original, before and after."""
-    import torch
-
+def _tests(args: argparse.Namespace, source: Source) -> Iterable[Any]:
+    """Labelled batches that were not trained on, if there are any."""
     from fxprune.data import load_data
-    from fxprune.products import evaluating
 
     if args.test is None and args.data.startswith("imagefolder"):
-        return {}
+        return ()
+    return load_data(args.test or args.data, source.inputs, train=False) or ()
+
+
+def _accuracy(source: Source, result: TuneResult, tests: Iterable[Any]) -> dict[str, float]:
+    """Top-1 on the test part: of the original, before and after; empty where there is none."""
+    import torch
+
+    from fxprune.products import evaluating
+
     models = {"original": source.original, "before": source.model, "after": result.model}
     right = dict.fromkeys((k for k, m in models.items() if m is not None), 0)
     total = 0
-    for x, y in load_data(args.test or args.data, source.inputs, train=False) or ():
+    for x, y in tests:
         total += len(y)
         for name, model in models.items():
             if model is not None:
@@ -246,4 +258,4 @@ def _accuracy(args: argparse.Namespace, source: Source, result: TuneResult) -> d
                 if not isinstance(output, torch.Tensor) or output.ndim != 2:
                     return {}
                 right[name] += int((output.argmax(1) == y).sum())
-    return {name: count / max(1, total) for name, count in right.items()}
+    return {name: count / total for name, count in right.items() if total}

@@ -5,6 +5,7 @@ Legend for shapes: F free groups, K kept shares.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,17 +20,19 @@ from torch import Tensor, nn
 from fxprune import criteria
 from fxprune.allocate import AllocationProblem
 from fxprune.allocate.space import Space, space_of
+from fxprune.checkpoint import check_values
 from fxprune.criteria import Criterion
 from fxprune.data import calibration_batches
-from fxprune.errors import SpecError
-from fxprune.isolate import rng_kept
+from fxprune.errors import SEEDS, SpecError, whole
+from fxprune.isolate import rng_kept, uncompiled
 from fxprune.observe import observe
-from fxprune.progress import bar
+from fxprune.progress import bar, working
 from fxprune.repair import LeastSquares
 from fxprune.traced import trace
 from fxprune.types import Budget, FloatArray, IntArray, PrunePlan
 from fxprune.workers import Recipe, Shipped, local_workers
 
+PICTURES = (".svg", ".png", ".pdf")
 SHARES = (0.9, 0.75, 0.5, 0.25)  # of a group's channels that are kept
 HELD_OUT = 0.25  # of the calibration samples: for the comparison of outputs
 
@@ -69,16 +72,13 @@ class Sensitivity:
 
     def plot(self, file: str | os.PathLike[str]) -> None:
         """Draw the curves to a file (.svg, .png, .pdf). Needs matplotlib (the extra "plot")."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as e:
-            raise SpecError(
-                "the plot needs matplotlib; install the extra: pip install fxprune[plot]"
-            ) from e
+        check_plot(file)
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         axes = figure.subplots()
         share = self.kept / self.channels[:, None]
-        worst = set(np.argsort(-np.nanmax(self.loss, axis=1))[:12].tolist())
+        worst = np.argsort(-np.nanmax(self.loss, axis=1))[:12].tolist() if self.groups else []
         for f, name in enumerate(self.groups):
             colour = _colour(f / max(1, len(self.groups) - 1))
             axes.plot(
@@ -91,8 +91,17 @@ class Sensitivity:
         )
         axes.set_title("Each group cut alone, after repair; blue: early in the graph, red: late")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, title="most sensitive")
+        if self.groups:
+            axes.legend(fontsize=8, title="most sensitive")
         figure.savefig(file, metadata={"Date": None} if Path(file).suffix == ".svg" else None)
+
+
+def check_plot(file: str | os.PathLike[str]) -> None:
+    """SpecError where the name is not that of a picture, or there is no matplotlib."""
+    if Path(file).suffix.lower() not in PICTURES:
+        raise SpecError(f"{file}: a plot is drawn as {', '.join(PICTURES)}; give such a name")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SpecError("the plot needs matplotlib; install the extra: pip install fxprune[plot]")
 
 
 def _colour(depth: float) -> tuple[float, float, float]:
@@ -126,11 +135,15 @@ def sensitivity(
         raise SpecError(f"shares must lie between 0 and 1, got {tuple(shares)}")
     if repair not in ("lstsq", "bn", None):
         raise SpecError(f"repair must be lstsq, bn or None, got {repair!r}")
-    if workers < 0 or (workers and executor is not None):
+    if whole("workers", workers) and executor is not None:
         raise SpecError(f"give a number of workers, or an executor; got workers={workers}")
+    whole("seed", seed, 0, SEEDS)
+    whole("calibration_samples", calibration_samples, 1)
+    check_values(model)
     chosen = criteria.get(criterion)
-    with rng_kept():
-        traced = trace(model, example_inputs).excluding(exclude)
+    with rng_kept(), uncompiled():
+        with working("trace", progress):
+            traced = trace(model, example_inputs).excluding(exclude)
         found = calibration_batches(
             data, traced.captured.given, limit=calibration_samples, batch_size=32, seed=seed
         )
@@ -140,7 +153,8 @@ def sensitivity(
         held = max(1, round(HELD_OUT * len(batches)))
         seen, held_out = (batches[:-held] or batches), batches[-held:]
         statistics = observe(traced, seen, progress=progress, **criteria.observe_options(chosen))
-        scores = chosen(traced, statistics, np.random.default_rng(seed))
+        with working("rank", progress):
+            scores = chosen(traced, statistics, np.random.default_rng(seed))
         problem = AllocationProblem(traced, scores, Budget(macs=1.0), round_to, seed)
         recipe = Recipe(model, traced.captured.given, seen, held_out, repair, evaluate)
         once = LeastSquares(traced, statistics)

@@ -33,7 +33,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from fxprune.batches import Batch, check_batch, random_batches, select
-from fxprune.errors import DataError, FxpruneError, SpecError, unknown
+from fxprune.errors import DataError, FxpruneError, SpecError, unknown, whole
 from fxprune.inputs import Inputs, divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 
@@ -92,23 +92,28 @@ def calibration_batches(
     first dim), something that is no tensor, or an error of the loader itself.
     """
     given = Inputs.of(example_inputs)
-    if limit < 1 or batch_size < 1:
-        raise SpecError(f"at least one calibration sample is needed, got {limit}")
+    whole("calibration_samples", limit, 1)
+    whole("batch_size", batch_size, 1)
     if data is None:
         batches = random_batches(given, limit, batch_size, seed)
         return Calibration(batches, sum(samples_of(b) for b in batches), random=True)
+    if isinstance(data, str):
+        raise DataError(
+            f"data is the text {data!r}; give batches: fxprune.data.load_data({data!r}, inputs) "
+            "reads the command line's"
+        )
     if isinstance(data, (Tensor, np.ndarray)):
         data = [data]
     found: list[Batch] = []
-    samples, within, whole = 0, 0, limit + more
+    samples, within, end = 0, 0, limit + more
     with _untouched(data, seed):
         for i, item in enumerate(guarded(data)):
             batch = check_batch(select(item, given, i), given.values, i)
-            for part in _split(batch, batch_size, samples, (limit, whole)):
+            for part in _split(batch, batch_size, samples, (limit, end)):
                 found.append(part)
                 within += samples < limit
                 samples += samples_of(part)
-            if samples >= whole:
+            if samples >= end:
                 break
     if not samples:
         raise DataError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FxpruneError(Exception):
@@ -71,3 +72,23 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> SpecError:
     else:
         hint = f"{len(names)} names are known, e.g. {', '.join(names[:5])}"
     return SpecError(f"unknown {kind} {name!r}; {hint}")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library raised: the rest is for its own developers."""
+    text = str(error).strip() or "no message"
+    line = text.splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
+SEEDS = 2**32 - 1
+"""The largest seed that all generators take."""
+
+
+def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """``value`` where it is a whole number from ``least`` (to ``most``), else SpecError."""
+    fits = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not fits or value < least or (most is not None and value > most):
+        to = "" if most is None else f" to {most:,}"
+        raise SpecError(f"{name} must be a whole number from {least}{to}, got {value!r}")
+    return int(value)

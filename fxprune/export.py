@@ -16,6 +16,7 @@ which attempt was taken, and why the earlier ones were not.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +32,16 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import ExportError, ModelError, OutputError, SpecError
 from fxprune.inputs import Inputs, Positional
 from fxprune.isolate import exact_arithmetic, quiet_exporters, rng_kept
-from fxprune.products import evaluating
+from fxprune.products import check_module, evaluating
 from fxprune.trees import plain
 
 OPSETS = range(18, 24)
 """Opsets that can be asked for: 18 is the oldest that the torch.export based exporter writes."""
 
 _TORCHSCRIPT_OPSETS = range(18, 21)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
+"""Largest relative error that is accepted: of float32 and above, and of 16 bits."""
 _EMBED_LIMIT = 2_000_000_000
 """Bytes; one protobuf file holds at most 2 GiB, so larger weights go into a second file."""
 
@@ -127,7 +131,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> ExportReport:
     """Export ``model`` to ONNX at ``path`` and compare it with the model in onnxruntime.
 
@@ -139,10 +143,13 @@ def export_onnx(
     An existing file is replaced only by a checked one. Model modes, RNG state and the example
     inputs are as they were. Raises SpecError (opset), ModelError (the model does not run),
     OutputError (path), ExportError (cannot be exported, or the outputs differ by more than
-    ``tolerance``); after an error no file is left.
+    ``tolerance``: 1e-4 if not given, 1e-2 in half precision); after an error no file is left.
     """
+    check_module(model)
     target = _writable(Path(path))
     check_opset(opset)
+    if tolerance is None:
+        tolerance = TOLERANCE if _precision(model) > 16 else HALF_TOLERANCE
     model, inputs, names = _by_position(model, example_inputs)
     with evaluating(model), rng_kept(), exact_arithmetic(), quiet_exporters():
         job, notes = _prepare(model, inputs, names, opset, tolerance, dynamic_batch)
@@ -164,8 +171,11 @@ def export_onnx(
                     continue
                 size = _move(draft, target)
             return _report(job, attempt, result, target, size, notes)
+    bits = _precision(model)
+    cure = f"; its weights have {bits} bits: try model.float()" if bits != 32 else ""
     raise ExportError(
-        "the model cannot be exported to ONNX; nothing was written. Tried:\n  " + "\n  ".join(notes)
+        f"the model cannot be exported to ONNX{cure}; nothing was written. Tried:\n  "
+        + "\n  ".join(notes)
     )
 
 
@@ -176,6 +186,12 @@ def check_opset(opset: int | None) -> None:
             f"ONNX opset {opset} is not supported; "
             f"choose from {OPSETS[0]} to {OPSETS[-1]}, or leave it out"
         )
+
+
+def _precision(model: nn.Module) -> int:
+    """Bits of the least exact floating-point parameter; 32 where there is none."""
+    found = (p.element_size() * 8 for p in model.parameters() if p.is_floating_point())
+    return min(found, default=32)
 
 
 def _report(
@@ -198,7 +214,7 @@ def _report(
 
 
 class _Plain(nn.Module):
-    """A model whose outputs are dataclasses, which exporters do not know, gives dicts."""
+    """A model whose outputs hold what exporters do not know (dataclasses, flags): its tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -206,7 +222,7 @@ class _Plain(nn.Module):
         self.training = False
 
     def forward(self, *args: Any) -> Any:
-        return plain(self.model(*args))
+        return _named_outputs(plain(self.model(*args)))
 
 
 # --- what is compared -----------------------------------------------------------------------
@@ -264,7 +280,9 @@ def _prepare(
             notes.append(f"fixed batch, since the model itself fails at batch {n}: {_one_line(e)}")
             samples, expected = {batch: samples[batch]}, {batch: expected[batch]}
             break
-        if n == batch and plain(output) is not output:
+        leaves_out = pytree.tree_leaves(plain(output))
+        other = any(not isinstance(leaf, (Tensor, type(None))) for leaf in leaves_out)
+        if n == batch and (other or plain(output) is not output):
             model = _Plain(model)
         named = _named_outputs(plain(output))
         samples[n], expected[n] = given, tuple(_numpy(t) for t in named.values())
@@ -482,6 +500,6 @@ def _move(draft: Path, target: Path) -> int:
 
 
 def _one_line(e: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(e).split()) or "no message"
+    text = " ".join(_COLOURS.sub("", str(e)).split()) or "no message"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return f"{type(e).__name__}: {text}"

@@ -102,7 +102,7 @@ class EvaluateFitness:
     def __call__(self, plan: PrunePlan) -> float:
         value = self._evaluate(candidate(self._traced, plan, self._repair))
         try:
-            return -float(value)
+            return -float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError) as e:
             raise InputError(
                 f"evaluate(model) must return one number, higher is better; got {value!r}"

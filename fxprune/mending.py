@@ -13,7 +13,7 @@ from fxprune.distill import Distillation, distill
 from fxprune.errors import unknown
 from fxprune.fitness import Repair
 from fxprune.observe import Statistics
-from fxprune.progress import Clock
+from fxprune.progress import Clock, working
 from fxprune.repair import LeastSquares, RepairReport, repair_bn
 from fxprune.sequential import best_form
 from fxprune.traced import Traced
@@ -124,9 +124,10 @@ class Mending:
         """All but the distillation."""
         seen, held_out, _ = batches
         outcome = None
-        if isinstance(mend, LeastSquares):
-            outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
-        repaired = outcome.report if outcome else mend(plan, gm) if mend else None
+        with working("repair", self.progress):
+            if isinstance(mend, LeastSquares):
+                outcome = best_form(traced, plan, gm, mend, seen, measure, held_out)
+            repaired = outcome.report if outcome else mend(plan, gm) if mend else None
         if not isinstance(repaired, RepairReport):
             return {}
         return {

@@ -18,19 +18,20 @@ from torch import Tensor, fx, nn
 
 from fxprune import allocate, criteria
 from fxprune.allocate import AllocationProblem, Allocator
-from fxprune.checkpoint import check_finite, load_state, read
+from fxprune.checkpoint import check_values, load_state, read
 from fxprune.criteria import Criterion
 from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
 from fxprune.distill import Distillation
-from fxprune.errors import ModelError, SpecError
+from fxprune.errors import SEEDS, SpecError, whole
 from fxprune.fitness import FinalFitness, KLFitness, Repair, final_rounds
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept, uncompiled
 from fxprune.latency import Keeper, Target
 from fxprune.mending import Batches, Mending
 from fxprune.observe import Statistics, observe
-from fxprune.progress import Clock
+from fxprune.products import in_modes_of
+from fxprune.progress import Clock, working
 from fxprune.repair import LeastSquares
 from fxprune.rounds import Near, compose, round_budgets, transplanted
 from fxprune.rounds import told as rounds_told
@@ -136,10 +137,11 @@ def prune(
         model, budget, criterion, allocation, repair, round_to, target, threads, seed, progress,
         max_evaluations, executor,
     )  # fmt: skip
-    options = _limited(options, max_seconds, journal, workers)
+    options = _limited(options, max_seconds, journal, workers, evaluate)
     clock = Clock()
     with rng_kept(), uncompiled():  # many widths, each for a moment
-        traced = trace(model, example_inputs).excluding(exclude)
+        with working("trace", progress):
+            traced = trace(model, example_inputs).excluding(exclude)
         clock.lap("trace and couple")
         calibration = _calibration(data, traced, calibration_samples, options)
         with _keeper(traced, options, clock) as keeper:
@@ -147,6 +149,7 @@ def prune(
 
 
 def _calibration(data: Any, traced: Traced, samples: int, o: _Options) -> Calibration:
+    whole("calibration_samples", samples, 1)
     limit = samples if data is not None else min(samples, RANDOM_SAMPLES)
     more = max(0, o.mending.samples - limit)
     given = traced.captured.given
@@ -172,7 +175,8 @@ def _pruned(
     seen, held_out = _split(calibration.batches)
     statistics = _statistics(traced, o, seen)
     clock.lap("observe")
-    scores = o.criterion(traced, statistics, np.random.default_rng(o.seed))
+    with working("rank", o.progress):
+        scores = o.criterion(traced, statistics, np.random.default_rng(o.seed))
     clock.lap("rank")
     mend = o.mending.repairer(traced, statistics, seen)
     measure = _loss(evaluate) if evaluate else KLFitness(traced, None, held_out).of
@@ -273,7 +277,7 @@ def _result(
     }
     for m in (gm, small):
         if m is not None:
-            m.train(model.training)
+            in_modes_of(model, m)
     return PruneResult(
         gm if small is None else small, gm, copy.deepcopy(traced.graph_module), traced, plan,
         traced.cost(), traced.cost(plan), report,
@@ -294,8 +298,7 @@ def _in_rounds(
     Without ``tune`` the last model is also repaired straight from the original's weights; the
     better of both on held-out samples stays.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise SpecError(f"steps must be a whole number from 1, got {steps!r}")
+    whole("steps", steps, 1)
     if tune is not None and (steps < 2 or not callable(tune)):
         raise SpecError("tune must be a function of a model, called between rounds: give steps=2")
     o = _checked(
@@ -306,7 +309,8 @@ def _in_rounds(
     )  # fmt: skip
     clock = Clock()
     with rng_kept(), uncompiled():  # many widths, each for a moment
-        traced = trace(model, example_inputs).excluding(given["exclude"])
+        with working("trace", o.progress):
+            traced = trace(model, example_inputs).excluding(given["exclude"])
         calibration = _calibration(data, traced, given["calibration_samples"], o)
         seen, held_out = _split(calibration.batches)
         near = given["evaluate"] or Near(traced, held_out)
@@ -356,14 +360,14 @@ def _checked(
     max_evaluations: int,
     executor: Executor | None,
 ) -> _Options:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_values(model)
+    whole("seed", seed, 0, SEEDS)
+    whole("max_evaluations", max_evaluations, 1)
     if not isinstance(budget, Budget):
         budget = Budget(macs=budget)
     allocate.bounds(budget)
     round_to, target = _aim(budget, round_to, target, threads)
     mending = Mending.of(repair, seed, progress)
-    check_finite(model)
     return _Options(
         budget, criteria.get(criterion), allocate.get(allocation), mending, round_to, target,
         seed, progress, max_evaluations, executor,
@@ -371,13 +375,19 @@ def _checked(
 
 
 def _limited(
-    o: _Options, seconds: float | None, journal: str | os.PathLike[str] | None, workers: int
+    o: _Options,
+    seconds: float | None,
+    journal: str | os.PathLike[str] | None,
+    workers: int,
+    evaluate: object,
 ) -> _Options:
     """The options of the search, checked."""
-    if workers < 0 or (workers and o.executor is not None):
+    if evaluate is not None and not callable(evaluate):
+        raise SpecError(f"evaluate must be a function of a model, got {evaluate!r}")
+    if whole("workers", workers) and o.executor is not None:
         raise SpecError(f"give a number of workers, or an executor; got workers={workers}")
-    if seconds is not None and not seconds > 0:
-        raise SpecError(f"max_seconds must be more than 0, got {seconds}")
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise SpecError(f"max_seconds must be more than 0, got {seconds!r}")
     path = None if journal is None else Path(journal)
     return replace(o, max_seconds=seconds, journal=path, workers=workers)
 
@@ -392,9 +402,7 @@ def _aim(
         target = Target(target, threads)
     if round_to is None:
         round_to = 8 if target is None else "auto"
-    if round_to != "auto" and (not isinstance(round_to, int) or round_to < 1):
-        raise SpecError(f'round_to must be at least 1, or "auto"; got {round_to!r}')
-    return round_to, target
+    return round_to if round_to == "auto" else whole('round_to (or "auto")', round_to, 1), target
 
 
 def _split(batches: Sequence[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
@@ -422,7 +430,8 @@ def _loss(evaluate: Callable[[Any], float] | None) -> Callable[[fx.GraphModule],
 
     def measure(module: fx.GraphModule) -> float:
         assert evaluate is not None
-        return -float(evaluate(module))
+        value = evaluate(module)
+        return -float(value.detach() if isinstance(value, Tensor) else value)
 
     return measure
 
@@ -437,7 +446,8 @@ def apply(model: nn.Module, plan: PrunePlan, example_inputs: Any) -> nn.Module:
         gm = cut(traced, plan)
         small = as_user_class(traced, plan, gm)
     result = gm if small is None else small
-    return result.train(model.training)
+    in_modes_of(model, result)
+    return result
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module, example_inputs: Any) -> nn.Module:

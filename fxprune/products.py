@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.errors import ModelError
+
 aten = torch.ops.aten
 
 
@@ -92,6 +94,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         for m, training in modes:
             if m.training != training:
                 m.training = training
+
+
+def check_module(model: Any) -> None:
+    """ModelError for what is no module."""
+    if not isinstance(model, nn.Module):
+        cure = "; give its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}{cure}")
+
+
+def in_modes_of(original: nn.Module, made: nn.Module) -> None:
+    """Each part of ``made`` trains if the part of that name in ``original`` does, else its parent.
+
+    A frozen normalisation stays frozen.
+    """
+    modes = {name: m.training for name, m in original.named_modules()}
+    for name, m in made.named_modules():
+        m.training = modes.setdefault(name, modes[name.rpartition(".")[0]])
 
 
 OnProduct = Callable[[str, Product, Tensor], "Tensor | None"]

@@ -1,14 +1,17 @@
-"""The bar on stderr for anything that takes longer than two seconds."""
+"""What stderr shows while anything takes longer than two seconds: a bar, or at least a line."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,6 +31,19 @@ def bar(shown: bool) -> Progress:
         console=Console(stderr=True),
         disable=not shown,
     )
+
+
+@contextmanager
+def working(what: str, shown: bool) -> Iterator[None]:
+    """What is going on and since when, while the block runs; the line is gone after it."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=4,
+        disable=not (shown and console.is_terminal),
+    ) as display:  # fmt: skip
+        display.add_task(what, total=None)
+        yield
 
 
 class Clock:

@@ -113,7 +113,7 @@ class Sizes:
         old, new = self.old(node), self.new(node)
         if isinstance(old, np.ndarray):
             return not np.array_equal(old, new)
-        return not _holds_tensors(old) and bool(new != old)
+        return new is not old and not _holds_tensors(old) and bool(new != old)
 
     def _evaluate(self, node: fx.Node) -> Any:
         old = self.old(node)

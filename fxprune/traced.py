@@ -19,6 +19,7 @@ from fxprune.coupling.computed import coupled
 from fxprune.coupling.groups import Coupling
 from fxprune.errors import PlanError, SpecError, unknown
 from fxprune.lifetimes import storages
+from fxprune.products import check_module
 from fxprune.types import BoolArray, ChannelGroup, Consumer, Cost, IntArray, PrunePlan
 
 
@@ -92,8 +93,16 @@ class Traced:
 
     def keep(self, plan: PrunePlan) -> list[BoolArray]:
         """[n] kept channels of each group. Raises PlanError for a plan of another model."""
+        if not isinstance(plan, PrunePlan):
+            raise PlanError(
+                f"expected a PrunePlan, got {type(plan).__name__}; PrunePlan.from_json reads text"
+            )
         masks = {g.name: np.ones(g.n, dtype=np.bool_) for g in self.groups}
         for name, kept in plan.kept.items():
+            if name not in masks:
+                raise PlanError(
+                    f"the plan is not of this model: {unknown('channel group', name, masks)}"
+                )
             masks[name] = self._kept(self.group(name), kept)
         return [masks[g.name] for g in self.groups]
 
@@ -138,7 +147,12 @@ class Traced:
         Patterns are shell-style and match whole paths or path prefixes ("layer1", "*.conv2").
         """
         groups = list(self.groups)
-        for pattern in patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not isinstance(pattern, str):
+                raise SpecError(
+                    f"exclude: expected names or patterns, got {type(pattern).__name__}; give the "
+                    "module's path, like 'layer1.0.conv1'"
+                )
             hits = [i for i, g in enumerate(groups) if _matches(g, pattern)]
             if not hits:
                 names = sorted({m.param.rpartition(".")[0] for g in groups for m in g.members})
@@ -173,5 +187,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Traced:
     mapping of keyword inputs.
     Raises ModelError when the model does not run on them or its forward cannot be traced.
     """
+    check_module(model)
     captured, coupling = coupled(capture(model, example_inputs))
     return Traced(replace(captured, recorded=None), coupling)

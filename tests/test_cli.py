@@ -93,8 +93,19 @@ def test_inspect(net: str, capfd: Any) -> None:
     assert cli.main(["inspect", net, "--exclude", "0"]) == 0
     said, err = capfd.readouterr()
     assert err == ""
-    assert "excluded by the caller" in said
-    assert "model output" in said
+    lines = said.splitlines()
+    # 16 channels of the first convolution are excluded, one comes in, ten go out
+    assert "Locked: 3 of 4 groups, 29 channels" in lines
+    assert "  16 channels: excluded by the caller (0): 0" in lines
+    assert "  10 channels: model output: 7" in lines
+    assert cli.main(["inspect", net]) == 0
+    said = capfd.readouterr().out
+    # what goes with the first convolution: it, the normalisation, its part of the second
+    before = 16 * 27 + 16 + 32 + 16 * 32 * 9 + 32 + 32 * 10 + 10
+    (row,) = [line for line in said.splitlines() if "│ 0 " in line]
+    gone = 16 * 27 + 16 + 32 + 16 * 32 * 9
+    assert f"{gone / before:.1%}" in row and f"{1 - 320 / (64 * 5040 + 320):.1%}" in row
+    assert "2 of 4 groups can be pruned, down to " in said
     assert f"{64 * (3 * 16 + 16 * 32) * 9 + 32 * 10:,} MACs at batch 1" in said
 
 
@@ -117,8 +128,20 @@ def test_inspect(net: str, capfd: Any) -> None:
         (["--input", "1x4x8x8"], "4, 8, 8]"),
         (["--weights", "none.pt"], "none.pt does not exist"),
         (["--round-to", "0"], "0"),
-        (["--calibration-samples", "0"], "at least one calibration sample"),
-        (["--evals", "0"], "--evals must be at least 1"),
+        (
+            ["--round-to", "1.5"],
+            'argument --round-to: expected a whole number from 1, or "auto", got',
+        ),
+        (["--calibration-samples", "0"], "expected a whole number from 1, got '0'"),
+        (["--evals", "0"], "argument --evals: expected a whole number from 1, got '0'"),
+        (["--evals", "x"], "got 'x'; see fxprune prune --help"),
+        (["--max-seconds", "nan"], "--max-seconds: expected seconds, more than 0, got 'nan'"),
+        (["--workers", "-1"], "--workers"),
+        (["--threads", "0"], "--threads"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4,294,967,295"),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--distill-steps", "9"], "belong to --repair distill"),
+        (["--speed"], "unrecognized arguments: --speed; see fxprune --help"),
     ],
 )
 def test_bad_options(net: str, out: Path, capfd: Any, options: list[str], text: str) -> None:
@@ -145,6 +168,10 @@ def test_bad_models_and_targets(net: str, out: Path, capfd: Any) -> None:
     assert prune(net, out, "--overwrite") == 2
     assert "was not written by fxprune" in capfd.readouterr().err
     assert [p.name for p in out.iterdir()] == ["mine"]
+    assert cli.main(["prune", net]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    assert cli.main(["prun"]) == 2
+    assert "choose from 'demo', 'inspect'" in capfd.readouterr().err
     assert cli.main(["prune", net, "--macs", "half", "--out", str(out)]) == 2
     assert "macs='half' is not a share" in capfd.readouterr().err
 
@@ -157,8 +184,12 @@ def test_a_failed_export_leaves_nothing(
 
     monkeypatch.setattr(export, "export_onnx", fail)
     assert prune(net, out) == 1
-    assert capfd.readouterr() == ("", "fxprune: error: the outputs differ by far\n")
-    assert not out.exists()
+    said, err = capfd.readouterr()
+    assert said == "" and err.startswith("fxprune: error: the outputs differ by far. The same")
+    assert err.count("\n") == 1 and not out.exists()
+    assert prune(net, out, "--no-onnx") == 0
+    assert not (out / "pruned.onnx").exists() and (out / "report.html").is_file()
+    assert json.loads((out / "result.json").read_text())["onnx"] is None
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (InternalError("bug"), 1)])

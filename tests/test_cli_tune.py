@@ -132,6 +132,10 @@ def test_distill_and_rounds(net: str, tmp_path: Path, capfd: Any) -> None:
         (["--batch-size", "0"], "--batch-size"),
         (["--mixed-precision", "int8"], "mixed precision"),
         (["--ema", "2"], "ema"),
+        (["--ema", "1"], "below 1"),
+        (["--checkpoint", __file__], "is a file"),
+        (["--test", "imagefolder:/nowhere"], "/nowhere"),
+        (["--lr", "fast"], "expected a number, got 'fast'"),
     ],
 )
 def test_bad_input_is_one_line_and_two(

@@ -79,7 +79,7 @@ def test_the_plot_has_a_line_for_each_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"shares": (0.5, 1.0)}, "between 0 and 1"), ({"shares": ()}, "between"),
-     ({"repair": "glue"}, "repair"), ({"workers": -1}, "workers")],
+     ({"repair": "glue"}, "repair"), ({"workers": -1}, "workers"), ({"seed": -1}, "seed")],
 )  # fmt: skip
 def test_what_cannot_be_asked_for(options: dict[str, Any], match: str) -> None:
     with pytest.raises(SpecError, match=match):
@@ -114,7 +114,19 @@ def test_the_command(spec: str, tmp_path: Path, capsys: Any) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and set(rows[0]) == {"group", "channels", "kept", "loss", "macs saved"}
     assert files[1].read_text().lstrip().startswith("<?xml")
-    assert main([*args, "--plot", str(tmp_path / "none" / "x.svg")]) == 2
+    capsys.readouterr()
+    for option in ("--plot", "--csv"):
+        assert main([*args, option, str(tmp_path / "none" / "x.svg")]) == 2
+        assert main([*args, option, str(tmp_path)]) == 2
+    assert main([*args, "--plot", "curves.gif"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 5 and "drawn as .svg, .png, .pdf" in err
+
+
+def test_nothing_that_could_be_cut_is_an_empty_plot(tmp_path: Path) -> None:
+    found = curves(exclude=["*"])
+    found.plot(tmp_path / "curves.svg")
+    assert not found.groups and found.rows() == []
 
 
 def test_the_command_without_data_says_so_once_and_without_a_warning(

@@ -260,7 +260,7 @@ def test_specs() -> None:
         check_spec("digits:here")
     with pytest.raises(DataError, match=r"do not fit the example input \[1, 7\]"):
         next(iter(load_data("digits", torch.zeros(1, 7)) or ()))
-    with pytest.raises(SpecError, match="at least one calibration sample"):
+    with pytest.raises(SpecError, match="calibration_samples must be a whole number from 1"):
         calibration_batches(None, EXAMPLE, limit=0)
 
 
@@ -290,6 +290,15 @@ def test_inputs_by_name() -> None:
         assert torch.equal(batch[0], ids) and torch.equal(batch[1], mask) and batch[2] is False
     with pytest.raises(DataError, match="no input 'mask'; it has ids"):
         calibration_batches([{"ids": ids}], given)
+
+
+def test_an_input_that_is_no_tensor_is_not_taken_from_the_targets() -> None:
+    x, targets = images(3), torch.zeros(3)
+    for given in ((EXAMPLE, 2.0), {"x": EXAMPLE, "scale": 2.0}):
+        for item in (x, (x, targets), (x, 3.0), x.numpy(), [x]):
+            (batch,) = calibration_batches([item], given).batches
+            assert torch.equal(batch[0], x)
+            assert batch[1] == (3.0 if isinstance(item, tuple) and item[1] is not targets else 2.0)
 
 
 def test_lists_of_images_of_any_size() -> None:

@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,8 @@ def test_bad_models_and_paths(tmp_path: Path, x: Tensor) -> None:
         export_onnx(small_net(), x, tmp_path / "no" / "net.onnx")
     with pytest.raises(OutputError, match="is a folder"):
         export_onnx(small_net(), x, tmp_path)
+    with pytest.raises(ModelError, match=r"got SimpleNamespace; give its \.model"):
+        export_onnx(SimpleNamespace(model=small_net()), x, tmp_path / "net.onnx")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,6 +252,20 @@ def test_outputs_in_a_dataclass(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, (x @ model.weight).detach().numpy(), rtol=1e-5)
     np.testing.assert_allclose(boxes, x.relu().numpy())
     assert report.outputs == ("scores", "boxes")
+
+
+def test_outputs_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    model = Wrapped(lambda w, x: {"logits": x @ w.T, "cache": None, "flag": True})
+    x = torch.randn(2, 3)
+    report = export_onnx(model, x, tmp_path / "net.onnx")
+    assert report.dynamic_batch and report.outputs == ("logits",)
+    found = run(tmp_path / "net.onnx", x)[0]
+    np.testing.assert_allclose(found, (x @ model.weight.T).detach(), rtol=1e-5)
+
+
+def test_half_precision_has_its_own_tolerance(tmp_path: Path, x: Tensor) -> None:
+    report = export_onnx(small_net().half().eval(), x.half(), tmp_path / "net.onnx")
+    assert report.tolerance == 1e-2 and report.dynamic_batch and not report.notes
 
 
 def test_nothing_is_printed_when_no_exporter_succeeds(

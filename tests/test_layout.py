@@ -68,6 +68,7 @@ ORDER = [
         "tune",
         "report",
         "demo",
+        "cli_values",
         "cli_search",
         "cli_show",
         "cli_tune",

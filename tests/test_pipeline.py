@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.checkpoint import save
-from fxprune.errors import BudgetError, DataError, ModelError, SpecError
+from fxprune.errors import BudgetError, DataError, ModelError, PlanError, SpecError
 
 
 class Net(nn.Module):
@@ -128,6 +129,16 @@ def test_random_inputs_are_said() -> None:
         ({"repair": "lsq"}, SpecError, "repair"),
         ({"exclude": ["nothing.here"]}, SpecError, "exclude"),
         ({"data": []}, DataError, "no samples"),
+        ({"data": "digits"}, DataError, "data is the text 'digits'"),
+        ({"seed": -1}, SpecError, "seed must be a whole number from 0 to 4,294,967,295, got -1"),
+        ({"seed": 0.5}, SpecError, "seed"),
+        ({"calibration_samples": "8"}, SpecError, "calibration_samples"),
+        ({"max_evaluations": 2.5}, SpecError, "max_evaluations"),
+        ({"max_seconds": "5"}, SpecError, "max_seconds"),
+        ({"workers": "2"}, SpecError, "workers"),
+        ({"round_to": True}, SpecError, "round_to"),
+        ({"evaluate": 3}, SpecError, "evaluate must be a function"),
+        ({"exclude": [nn.Linear(1, 1)]}, SpecError, "expected names or patterns, got Linear"),
         ({"data": [torch.full((2, 3, 8, 8), torch.nan)]}, DataError, "NaN"),
         ({"data": [torch.zeros(2, 4, 8, 8)]}, DataError, "shape"),
     ],
@@ -145,6 +156,52 @@ def test_bad_models_are_named() -> None:
         prune(broken)
     with pytest.raises(ModelError, match="raises on the example inputs"):
         fxprune.prune(net(), torch.zeros(1, 4, 8, 8), 0.5, data())
+    with pytest.raises(ModelError, match=r"got \(NoneType.*a tensor such as") as caught:
+        fxprune.prune(net(), None, 0.5, data())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, got type"):
+        fxprune.trace(Net, X)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="is on the meta device and has no values"):
+        fxprune.prune(Net().to("meta"), X.to("meta"))
+    with pytest.raises(ModelError, match=r"'weight' has no shape yet \(a lazy module\)"):
+        fxprune.prune(nn.LazyConv2d(8, 3), X)
+    plan = fxprune.trace(net(), X).plan({"one": [0, 1]})
+    with pytest.raises(PlanError, match="the plan is not of this model"):
+        fxprune.apply(nn.Linear(3, 3), plan, torch.zeros(1, 3))
+    with pytest.raises(PlanError, match="expected a PrunePlan, got str"):
+        fxprune.apply(net(), plan.to_json(), X)  # type: ignore[arg-type]
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = Net()
+    assert prune(model, allocation="uniform").after.macs > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_whose_weights_are_packed_stay() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(net().eval(), {nn.Linear})
+    result = prune(packed, allocation="uniform")
+    assert result.after.macs < result.before.macs
+    assert result.model(X).shape == (1, 10)
+
+
+def test_parts_that_were_frozen_in_eval_mode_stay_so() -> None:
+    model = net()
+    model.stem[1].eval()
+    result = prune(model, allocation="uniform")
+    for made in (result.model, result.graph_module, fxprune.apply(model, result.plan, X)):
+        modes = {name: m.training for name, m in made.named_modules()}
+        assert [name for name, training in modes.items() if not training] == ["stem.1"]
+
+
+def test_an_evaluate_that_gives_no_finite_number_is_said() -> None:
+    with pytest.warns(UserWarning, match="gave a finite number"):
+        prune(net(), evaluate=lambda m: float("nan"))
+
+
+def test_an_evaluate_with_gradients() -> None:
+    assert prune(net(), evaluate=lambda m: -m(X).square().sum()).report["plan"]["fitness"] > 0
 
 
 @pytest.mark.parametrize("allocation", ["local", "uniform", "global", "isomorphic"])
@@ -167,6 +224,8 @@ def test_a_compiled_model_is_not_compiled_again_for_every_width() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    result = prune(torch.compile(net(), backend="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = prune(torch.compile(net(), backend="eager"))
     assert not counters["frames"], "compiled while pruning"
     assert result.after.macs < result.before.macs

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tuning import Shaky, batches, loader, net, same, state, tune
 
+import fxprune
 from fxprune.errors import DataError, InputError, ModelError, SpecError
 from fxprune.tune import state as files
 
@@ -146,6 +147,21 @@ def test_without_targets_it_learns_from_the_teacher_alone() -> None:
     )
     assert end < 0.2 * start
     assert teacher.training  # it was, and still is
+
+
+def test_targets_in_dicts() -> None:
+    """The labels are found where inputs have no keywords, and beside what is no input."""
+    model = net()
+    pruned = fxprune.prune(model, torch.zeros(2, 6), 0.9, repair=None, progress=False,
+                           data=[batches(1)[0][0]], allocation="uniform")  # fmt: skip
+    pairs = batches()
+    given = {"teacher": None, "epochs": 1}
+    plain = tune(pruned, pairs, **given)
+    for names in (("x", "label"), ("targets", "x")):
+        items = [dict(zip(names, p if names[0] == "x" else p[::-1], strict=True)) for p in pairs]
+        assert same(state(tune(pruned, items, **given).model), state(plain.model))
+    items = [{"x": x, "weight": torch.ones(8), "labels": y} for x, y in pairs]
+    assert same(state(tune(pruned, items, **given).model), state(plain.model))
 
 
 def test_frozen_parameters_stay() -> None:

@@ -9,6 +9,7 @@ Legend for shapes: F free groups.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -101,6 +102,8 @@ def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> Prune
         best, finalists = chosen(space, memory, search.within(), firsts, search.hurry)
         state = search.state if best is None else best
     fitness = dict(memory).get(key(state), np.inf)
+    if memory.trace and not np.isfinite(fitness):
+        warnings.warn("no evaluation of the search gave a finite number", stacklevel=2)
     meta: dict[str, Any] = {
         "allocation": name,
         "start": search.found,

@@ -56,7 +56,7 @@ class Tuning:
         _range("temperature", self.temperature, above=0)
         _range("label_smoothing", self.label_smoothing, most=1)
         _range("clip", self.clip, above=0)
-        _range("ema", self.ema, most=1)
+        _range("ema", self.ema, below=1)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise SpecError(f"tuning: seed must be a whole number from 0, got {self.seed!r}")
 
@@ -80,12 +80,19 @@ class Tuning:
         return asdict(self)
 
 
-def _range(name: str, value: Any, above: float | None = None, most: float = math.inf) -> None:
+def _range(
+    name: str,
+    value: Any,
+    above: float | None = None,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
     """SpecError unless ``value`` is None or a finite number from 0 (or above) to ``most``."""
     if value is None and name in ("lr", "weight_decay", "clip", "ema"):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or value > most or value == above:
+    if not number or not 0 <= value <= most or value == above or not value < below:
         low = "at least 0" if above is None else f"above {above:g}"
         high = "" if most == math.inf else f" and at most {most:g}"
+        high = high if below == math.inf else f" and below {below:g}"
         raise SpecError(f"tuning: {name} must be {low}{high}, got {value!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,18 @@ def save(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], body: Mapping[
     except (OSError, SafetensorError) as e:
         raise OutputError(f"{target} cannot be written: {e}") from e
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> tuple[dict[str, State], dict[str, Any]] | None:
     """(parts, body) as they were saved; None where there is no checkpoint.
 
-    Raises ModelError where the file is damaged or not one of ours.
+    Raises ModelError where the file is damaged or not one of ours, OutputError for no folder.
     """
     path = folder / FILE
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; a tuning checkpoint is a folder, give another name")
     if not path.is_file():
         return None
     parts: dict[str, State] = {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fxprune.batches import select
+from fxprune.batches import positional, select, targets_of
 from fxprune.data import guarded
 from fxprune.errors import DataError, SpecError
 from fxprune.inputs import Inputs
@@ -149,16 +149,17 @@ class Stream:
         if isinstance(item, (Tensor, np.ndarray)):
             item = (item,)
         if given is not None and isinstance(item, Mapping):
-            rest = [v for k, v in item.items() if k not in (given.names or item)]
-            return tuple(select(item, given, i)), rest[0] if len(rest) == 1 else None
+            inputs = select(item, given, i)
+            return tuple(inputs), targets_of(item, inputs)
         named = n > 1 and isinstance(item, (tuple, list)) and len(item) in (1, 2)
         if given is not None and named and isinstance(item[0], Mapping):
             return tuple(select(item[0], given, i)), item[1] if len(item) == 2 else None
         if isinstance(item, (tuple, list)) and len(item):
             if isinstance(item[0], (tuple, list)) and len(item[0]) == n and len(item) <= 2:
                 return tuple(item[0]), item[1] if len(item) == 2 else None
-            if len(item) in (n, n + 1):
-                return tuple(item[:n]), item[n] if len(item) > n else None
+            chosen, rest = positional(item, given.values if given is not None else (item[0],))
+            if chosen is not None and len(rest) < 2:
+                return tuple(chosen), rest[0] if rest else None
         found = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
         raise DataError(
             f"batch {i} of train_data is {found}; the model takes {n} input(s): give (inputs, "
