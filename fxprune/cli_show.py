@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from fxprune.export import ExportReport
     from fxprune.pipeline import PruneResult
     from fxprune.traced import Traced
-    from fxprune.types import ChannelGroup, Cost
+    from fxprune.types import Cost
 
 
 def figures(
@@ -135,21 +135,20 @@ def groups_table(title: str, traced: Traced) -> Table:
 
 def locked_lines(traced: Traced) -> list[str]:
     """Why channels stay, one line for each reason."""
-    locked = [g for g in traced.groups if g.locked is not None]
-    if not locked:
-        return []
-    channels = sum(g.n for g in locked)
-    lines = [f"Locked: {len(locked)} of {len(traced.groups)} groups, {channels:,} channels"]
-    reasons: dict[str, list[ChannelGroup]] = {}
-    for g in locked:
-        reasons.setdefault(str(g.locked).rpartition(" at ")[0] or str(g.locked), []).append(g)
-    for reason, groups in sorted(reasons.items(), key=lambda r: -sum(g.n for g in r[1])):
-        told = reason if len(groups) > 1 else groups[0].locked
-        names = ", ".join(g.name for g in groups[:3])
-        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
-        lines.append(f"  {sum(g.n for g in groups):,} channels: {told}: {names}{more}")
-    opaque = traced.captured.opaque
-    return lines + [f"Kept whole: {name}: {reason}" for name, reason in opaque.items()]
+    locked = {g.name: g.n for g in traced.groups if g.locked is not None}
+    lines = []
+    for reason, names in traced.reasons.items():
+        channels = sum(locked.get(name, 0) for name in names)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if channels:
+            lines.append(
+                (channels, f"  {channels:,} channels: {reason}: {', '.join(names[:3])}{more}")
+            )
+    head = (
+        f"Locked: {len(locked)} of {len(traced.groups)} groups, {sum(locked.values()):,} channels"
+    )
+    whole = [f"Kept whole: {k}: {reason}" for k, reason in traced.captured.opaque.items()]
+    return [head, *(text for _, text in sorted(lines, reverse=True)), *whole]
 
 
 def cost_line(traced: Traced) -> str:

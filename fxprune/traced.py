@@ -55,6 +55,14 @@ class Traced:
         return found | self.captured.opaque
 
     @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Why something stays -> its names; together where only the place in the graph differs."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.locked.items():
+            found.setdefault(reason.rpartition(" at ")[0] or reason, []).append(name)
+        return {k if len(v) > 1 else self.locked[v[0]]: v for k, v in found.items()}
+
+    @property
     def n_classes(self) -> int:
         return self.coupling.n_classes
 

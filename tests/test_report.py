@@ -168,6 +168,18 @@ def test_the_graph_of_groups_is_the_network(result: fxprune.PruneResult) -> None
     assert drawn is not None
     assert sorted(a.forward for a in drawn.arcs) == [False, True, True, True]
     assert [n.name for n in drawn.nodes] == [colours, stream, hidden, head]
+    assert [n.y for n in drawn.nodes] == sorted({n.y for n in drawn.nodes})
+    for arc in drawn.arcs:  # within the picture, right of the names
+        radius = float(arc.path.partition("A")[2].partition(",")[0])
+        assert 250 < drawn.x + (radius if arc.forward else -radius) < drawn.width
+
+
+def test_a_graph_of_many_groups_is_drawn() -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(90)]
+    traced = fxprune.trace(nn.Sequential(*layers), torch.zeros(1, 8))
+    drawn = arcs(traced, traced.full_plan())
+    assert drawn is not None and len(drawn.nodes) == 91 and len(drawn.arcs) == 90
+    assert drawn.left_out == 0 and max(n.y + n.r for n in drawn.nodes) < drawn.height
 
 
 def test_the_search_curve_is_the_best_so_far() -> None:

@@ -19,8 +19,8 @@ WIDTH = 960.0
 ROW = 22.0
 _LABELS = 250.0  # of the bar chart, left of the bars
 _NUMBERS = 110.0  # right of them
+_BACK = 90.0  # of arcs on the left of the groups
 MOST_BARS = 400
-MOST_ARCS = 60
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Node:
 
     name: str
     text: str
-    x: float
+    y: float
     r: float
     share: float
     pie: str
@@ -207,13 +207,17 @@ class Arc:
 
 @dataclass(frozen=True)
 class Arcs:
-    """Groups in the order of execution on one line, joined by the layers between them."""
+    """Groups in the order of execution, one below the other, joined by the layers between them."""
 
     nodes: tuple[Node, ...]
     arcs: tuple[Arc, ...]
-    y: float
-    height: float
-    width: float
+    left_out: int
+    x: float
+    width: float = WIDTH
+
+    @property
+    def height(self) -> float:
+        return ROW * len(self.nodes) + 8
 
 
 def group_graph(traced: Traced) -> nx.DiGraph:
@@ -237,36 +241,37 @@ def group_graph(traced: Traced) -> nx.DiGraph:
 
 
 def arcs(traced: Traced, plan: PrunePlan) -> Arcs | None:
-    """None where there is nothing to see or too much (more than MOST_ARCS groups)."""
+    """None where there is nothing to see."""
     graph = group_graph(traced)
-    if not 2 <= len(graph) <= MOST_ARCS:
-        return None
     order = _ranks(traced)
-    names = sorted(graph, key=lambda name: order[name])
-    width = max(WIDTH, 40.0 * len(names) + 60)
-    gap = (width - 80) / max(1, len(names) - 1)
-    at = {name: 40 + i * gap for i, name in enumerate(names)}
-    reach = max((abs(at[a] - at[b]) for a, b in graph.edges), default=0.0)
-    y = 30 + min(200.0, reach / 2)
+    groups = sorted(traced.groups, key=lambda g: order[g.name])
+    shown = groups[:MOST_BARS]
+    if len(shown) < 2:
+        return None
+    at = {g.name: ROW * (i + 0.5) + 4 for i, g in enumerate(shown)}
+    edges = [(at[a], at[b]) for a, b in graph.edges if a in at and b in at]
+    back = max(((a - b) / 2 for a, b in edges if b < a), default=0.0)
+    reach = max(((b - a) / 2 for a, b in edges if b > a), default=0.0)
+    x = _LABELS + 12 + min(_BACK, back)
+    room = WIDTH - x - 30
     counts = dict(zip((g.name for g in traced.groups), traced.counts(plan).tolist(), strict=True))
-    most = max(n for _, n in graph.nodes(data="n"))
+    most = max(g.n for g in groups)
     nodes = []
-    for g in sorted(traced.groups, key=lambda g: order[g.name]):
-        r = min(gap * 0.45, 20.0) * max(0.3, math.sqrt(g.n / most))
+    for g in shown:
+        r = 0.48 * ROW * max(0.3, math.sqrt(g.n / most))
         share = counts[g.name] / g.width
         text = f"{g.name}: {counts[g.name] * g.rows} of {g.n}"
-        pie = _pie(at[g.name], y, r, share)
+        pie = _pie(x, at[g.name], r, share)
         nodes.append(Node(g.name, text, at[g.name], r, share, pie, g.locked is not None))
-    drawn = [_arc(at[a], at[b], y, min(1.0, 400.0 / max(reach, 1.0))) for a, b in graph.edges]
-    back = max((abs(at[a] - at[b]) for a, b in graph.edges if at[b] < at[a]), default=0.0)
-    below = max(150.0, 40 + min(200.0, back / 2))
-    return Arcs(tuple(nodes), tuple(drawn), y, y + below, width)
+    flat = min(1.0, _BACK / max(back, 1.0)), min(3.0, room / max(reach, 1.0))
+    drawn = tuple(_arc(a, b, x, flat[b > a]) for a, b in edges)
+    return Arcs(tuple(nodes), drawn, len(groups) - len(shown), x)
 
 
-def _arc(a: float, b: float, y: float, flat: float) -> Arc:
-    """Half an ellipse: above the line from left to right, below it from right to left."""
-    rx = abs(b - a) / 2
-    return Arc(f"M{a:.1f},{y:.1f}A{rx:.1f},{rx * flat:.1f} 0 0 1 {b:.1f},{y:.1f}", b > a)
+def _arc(a: float, b: float, x: float, flat: float) -> Arc:
+    """Half an ellipse: on the right of the line downward, on its left upward."""
+    ry = abs(b - a) / 2
+    return Arc(f"M{x:.1f},{a:.1f}A{ry * flat:.1f},{ry:.1f} 0 0 1 {x:.1f},{b:.1f}", b > a)
 
 
 def _pie(x: float, y: float, r: float, share: float) -> str:

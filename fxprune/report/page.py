@@ -154,10 +154,7 @@ def _curves(report: dict[str, Any]) -> list[Any]:
 
 def _locked(result: PruneResult) -> list[tuple[str, list[str]]]:
     """(reason, names of the groups and modules), the most frequent reason first."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in result.analysis.locked.items():
-        by_reason.setdefault(str(reason), []).append(name)
-    return sorted(by_reason.items(), key=lambda pair: -len(pair[1]))
+    return sorted(result.analysis.reasons.items(), key=lambda pair: -len(pair[1]))
 
 
 def _stages(report: dict[str, Any]) -> list[tuple[str, float]]:
