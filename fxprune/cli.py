@@ -41,6 +41,7 @@ _BUDGETS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` without the program's name."""
+    args = argparse.Namespace(again="")
     try:
         args = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], None] = args.command
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FxpruneError as e:
         return _fail(e, 1)
     except KeyboardInterrupt:
-        sys.stderr.write("fxprune: interrupted\n")
+        sys.stderr.write(f"fxprune: interrupted{args.again}\n")
         return 130
     return 0
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_SPECS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(again="")
     parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _demo_parser(commands)
@@ -203,7 +205,8 @@ def _prune_parser(commands: Any) -> None:
     cli_search.add_search_arguments(prune)
     cli_show.add_onnx_arguments(prune)
     prune.add_argument("--quiet", action="store_true", help="no progress bars")
-    prune.set_defaults(command=_prune)
+    again = "; the same command with --resume goes on with the search"
+    prune.set_defaults(command=_prune, again=again)
 
 
 def _sensitivity_parser(commands: Any) -> None:
@@ -227,7 +230,9 @@ def _finetune_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cli_tune.add_arguments(command)
-    command.set_defaults(command=_finetune)
+    command.set_defaults(
+        command=_finetune, again="; the same command goes on from its last checkpoint"
+    )
 
 
 # --- commands ---------------------------------------------------------------------------------
@@ -315,7 +320,7 @@ def _prune(args: argparse.Namespace) -> None:
     console.print(cli_show.cost_table(args.model, result.before, result.after))
     if "latency" in result.report:
         told = latency_text(result.report["latency"])
-        console.print(told, markup=False, highlight=False)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     cli_show.tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
 
 

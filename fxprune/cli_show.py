@@ -22,6 +22,13 @@ if TYPE_CHECKING:  # --help must not wait for torch
     from fxprune.types import Cost
 
 
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as result.json keeps it."""
+    return {
+        k: v for k, v in vars(args).items() if k not in ("command", "again", "quiet", "overwrite")
+    }
+
+
 def figures(
     args: argparse.Namespace,
     result: PruneResult,
@@ -33,7 +40,7 @@ def figures(
     from dataclasses import asdict
 
     before, after = asdict(result.before), asdict(result.after)
-    asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
+    asked = options(args)
     packages = ("torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
     return {
         "options": asked,

@@ -178,7 +178,7 @@ def _saved(
         reports.append(cli_show.export(args, result.model, source.inputs, folder))
         known = source.figures
         _report(args, source, result, accuracy, reports[0], folder)
-        asked = {k: v for k, v in vars(args).items() if k not in ("command", "quiet", "overwrite")}
+        asked = cli_show.options(args)
         origin = known.get("options", {})
         named = {k: asked.get(k) or origin.get(k) for k in ("model", "weights", "input")}
         named["model"] = named["model"] or (None if source.original else args.source)

@@ -63,6 +63,7 @@ def test_prune_writes_what_it_says(net: str, out: Path, capfd: Any) -> None:
     ]
     result = json.loads((out / "result.json").read_text())
     assert result["options"]["seed"] == 3
+    assert not {"command", "again", "quiet", "overwrite"} & result["options"].keys()
     assert result["pruning"]["calibration"] == "32 calibration samples"
     assert result["after"]["macs"] <= 0.5 * result["before"]["macs"]
     assert f"{result['after']['macs']:,}" in said
@@ -202,6 +203,12 @@ def test_exit_codes(
     monkeypatch.setattr(demo, "main", fail)
     assert cli.main(["demo"]) == code
     assert capfd.readouterr().err.startswith("fxprune: ")
+    monkeypatch.setattr(pipeline, "prune", fail)
+    assert (
+        cli.main(["prune", "torch.nn:Identity", "--input", "1x2", "--macs", "0.5", "--out", "o"])
+        == code
+    )
+    assert ("--resume goes on" in capfd.readouterr().err) == (code == 130)
 
 
 @pytest.mark.parametrize(
