@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fxprune.criteria import Criterion
 from fxprune.cut import as_user_class, cut
 from fxprune.data import Calibration, calibration_batches
 from fxprune.distill import Distillation
-from fxprune.errors import SEEDS, SpecError, whole
+from fxprune.errors import SEEDS, BudgetError, SpecError, whole
 from fxprune.fitness import FinalFitness, KLFitness, Repair, final_rounds
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept, uncompiled
@@ -140,12 +140,18 @@ def prune(
     options = _limited(options, max_seconds, journal, workers, evaluate)
     clock = Clock()
     with rng_kept(), uncompiled():  # many widths, each for a moment
-        with working("trace", progress):
-            traced = trace(model, example_inputs).excluding(exclude)
+        traced = _traced(model, example_inputs, exclude, progress)
         clock.lap("trace and couple")
         calibration = _calibration(data, traced, calibration_samples, options)
         with _keeper(traced, options, clock) as keeper:
             return _pruned(model, traced, calibration, options, evaluate, keeper, clock)
+
+
+def _traced(
+    model: nn.Module, example_inputs: Any, exclude: Sequence[str], progress: bool
+) -> Traced:
+    with working("trace", progress):
+        return trace(model, example_inputs).excluding(exclude)
 
 
 def _calibration(data: Any, traced: Traced, samples: int, o: _Options) -> Calibration:
@@ -249,10 +255,27 @@ def _allocated(
             identity=shipped.identity() if o.journal else "",
         )
         within = o.allocation if keeper is None else partial(keeper.within, allocate=o.allocation)
-        plan = within(problem)
+        plan = _within(within(problem), traced, o.budget)
         if plan.meta.get("evaluations"):
             plan = replace(plan, meta={**plan.meta, "repair inside": shipped.form})
         return plan
+
+
+def _within(plan: PrunePlan, traced: Traced, budget: Budget) -> PrunePlan:
+    """``plan``, checked: an allocation may be anyone's."""
+    if not isinstance(plan, PrunePlan):
+        raise SpecError(
+            f"the allocation must return a PrunePlan, got {type(plan).__name__}; "
+            "problem.traced.plan({group: kept indices}) makes one"
+        )
+    before, after = asdict(traced.cost()), asdict(traced.cost(plan))
+    for measure, bound in allocate.bounds(budget).items():
+        if measure in after and after[measure] > bound.limit(before[measure]) * (1 + 1e-9):
+            raise BudgetError(
+                f"the allocation's plan has {after[measure]:,} {measure} of {before[measure]:,}, "
+                f"above the budget {bound}; it must keep fewer channels"
+            )
+    return plan
 
 
 def _result(
@@ -309,8 +332,7 @@ def _in_rounds(
     )  # fmt: skip
     clock = Clock()
     with rng_kept(), uncompiled():  # many widths, each for a moment
-        with working("trace", o.progress):
-            traced = trace(model, example_inputs).excluding(given["exclude"])
+        traced = _traced(model, example_inputs, given["exclude"], o.progress)
         calibration = _calibration(data, traced, given["calibration_samples"], o)
         seen, held_out = _split(calibration.batches)
         near = given["evaluate"] or Near(traced, held_out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from checks import assert_right, prunable
 from oracle import random_plan, randomise
 from torch import Tensor, nn
 
+import fxprune
 from fxprune import extend, leaves, rewrite
 from fxprune.coupling import rules
 from fxprune.cut import cut
@@ -151,3 +154,32 @@ def test_a_second_rule_is_refused() -> None:
         extend.leaf(ScaledLinear)(lambda module, kept: None)
     with pytest.raises(SpecError, match=r"aten\.view"):
         extend.op("aten.view")(extend.elementwise)
+
+
+def test_criteria_and_allocations_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # one of them writes a journal
+    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, 4)).eval()
+    with torch.no_grad():
+        model[0].weight[:8] *= 1e-3
+        model[0].bias[:8] = 0.5
+        model[2].weight[:, :8] *= 1e-3
+    g = torch.Generator().manual_seed(1)
+    data = [torch.randn(8, 1, 8, 8, generator=g) for _ in range(4)]
+    names = {"fxprune": fxprune, "model": model, "x": data[0][:1], "data": data}
+    plans = []
+    for code in re.findall(r"```python\n(.*?)```", text[text.index("## A criterion") :], re.S):
+        exec(code, names)
+        result: Any = names["result"]
+        plans.append(result.plan)
+        share = result.after.macs / result.before.macs
+        assert share <= (0.6 if "halves" in code else 0.5)
+    assert len(plans) == 4
+    for plan in plans[:2]:  # the weak half goes first
+        assert sum(i >= 8 for i in plan.kept["0"]) >= sum(i < 8 for i in plan.kept["0"])
+    assert [len(plans[2].kept[k]) for k in ("0", "2")] == [8, 8]
+    assert plans[3].meta["allocation"] == "mine" and (tmp_path / "mine.jsonl").is_file()

@@ -137,6 +137,13 @@ def test_random_inputs_are_said() -> None:
         ({"max_seconds": "5"}, SpecError, "max_seconds"),
         ({"workers": "2"}, SpecError, "workers"),
         ({"round_to": True}, SpecError, "round_to"),
+        ({"allocation": lambda p: {"one": [0]}}, SpecError, "must return a PrunePlan, got dict"),
+        (
+            {"allocation": lambda p: p.traced.full_plan()},
+            BudgetError,
+            "above the budget macs=0.5; it must keep fewer channels",
+        ),
+        ({"criterion": nn.Linear}, SpecError, "expected the name of a criterion"),
         ({"evaluate": 3}, SpecError, "evaluate must be a function"),
         ({"exclude": [nn.Linear(1, 1)]}, SpecError, "expected names or patterns, got Linear"),
         ({"data": [torch.full((2, 3, 8, 8), torch.nan)]}, DataError, "NaN"),

@@ -9,6 +9,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.errors import OutputError
+from fxprune.errors import OutputError, SpecError
 from fxprune.isolate import rng_kept
 from fxprune.report import Figure, write_report
 from fxprune.report.charts import arcs, bars, group_graph, search_curve
@@ -138,6 +139,11 @@ def test_the_table_has_what_was_measured(result: fxprune.PruneResult, tmp_path: 
     row = text[text.index("<td>Test accuracy") :]
     assert 'class="bad"' in row[: row.index("</tr>")]
     assert (number(1234567), number(999), number(0.5, "ms")) == ("1.235 M", "999", "0.5 ms")
+
+
+def test_another_result_is_named(result: fxprune.PruneResult, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"got SimpleNamespace; give its \.pruned"):
+        write_report(SimpleNamespace(pruned=result), tmp_path / "r.html")  # type: ignore[arg-type]
 
 
 def test_bars_are_the_plan(result: fxprune.PruneResult) -> None:

@@ -170,6 +170,8 @@ def _widths(groups: tuple[ChannelGroup, ...]) -> IntArray:
 
 def _checked(group: ChannelGroup, scores: Mapping[str, FloatArray]) -> FloatArray:
     """The group's scores as [rows, width]. Raises InputError where they do not fit."""
+    if not isinstance(scores, Mapping):
+        raise InputError(f"the criterion must give {{group: scores}}, got {type(scores).__name__}")
     given = scores.get(group.name)
     shape = None if given is None else np.shape(given)
     if given is None or shape != (group.n,):

@@ -64,10 +64,11 @@ def get(criterion: Any) -> Criterion:
         if criterion not in _MADE:
             raise unknown("criterion", criterion, _MADE)
         return _MADE[criterion]()
-    if isinstance(criterion, Criterion) and callable(criterion):
+    made = not isinstance(criterion, type)
+    if made and isinstance(criterion, Criterion) and callable(criterion):
         return criterion
     for fits, make in _ADAPTORS:
-        if not isinstance(criterion, type) and fits(criterion):
+        if made and fits(criterion):
             return make(criterion)
     raise SpecError(
         f"expected the name of a criterion ({', '.join(names())}), a function of a group's "

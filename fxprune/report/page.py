@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fxprune.errors import OutputError
+from fxprune.errors import OutputError, SpecError
 from fxprune.pipeline import PruneResult
 from fxprune.report.charts import arcs, bars, search_curve, step_curve
 from fxprune.report.maps import Maps, attention_maps
@@ -79,8 +79,11 @@ def write_report(
              are given): of a real sample the maps say more
     notes    lines below the table
 
-    Raises OutputError where it cannot be written.
+    Raises OutputError where it cannot be written, SpecError for another result.
     """
+    if not isinstance(result, PruneResult):
+        cure = "; give its .pruned" if hasattr(result, "pruned") else ""
+        raise SpecError(f"expected a PruneResult, got {type(result).__name__}{cure}")
     maps, without = _maps(result, inputs)
     environment = Environment(
         loader=PackageLoader("fxprune.report", ""), autoescape=True, undefined=StrictUndefined,
