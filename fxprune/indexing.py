@@ -50,6 +50,7 @@ def _getitem(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     index = arguments(old)[1] if isinstance(arguments(old)[1], tuple) else (arguments(old)[1],)
     if any(isinstance(i, fx.Node) and isinstance(r.sizes.old(i), tuple) for i in index):
         return
+    r.keep_numbers(old, new)  # a bound that says the size of another dim
     made, changed = _moved_index(r, index, source)
     if changed:
         new.args = (r.env[arguments(old)[0]], made, *new.args[2:])
@@ -105,7 +106,7 @@ def _moved_order(kept: BoolArray, order: IntArray | None) -> list[int]:
 
 
 def _copied(r: Rewriter, value: Any) -> Any:
-    return fx.node.map_arg(value, lambda n: r.env[n])
+    return fx.node.map_arg(value, r.original)
 
 
 @register("index_select", "roll")

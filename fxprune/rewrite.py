@@ -12,6 +12,7 @@ from collections.abc import Callable
 from math import gcd
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -100,6 +101,7 @@ class Rewriter:
             return self._original_shape(node)
         if from_tensor and node.target == "size" and isinstance(value, int):
             return self._unpruned(node, self.env[node], argument(node, 1, "dim"), value)
+        value = value.item() if isinstance(value, np.generic) else value
         if from_tensor or not node.all_input_nodes:
             return value
         args: Any = fx.node.map_arg(node.args, self.original)
@@ -303,6 +305,8 @@ def _split(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     if before != after:
         new.op, new.target = "call_function", torch.split
         new.args, new.kwargs = (r.env[arguments(old)[0]], after, dim), {}
+    else:
+        r.keep_numbers(old, new)
 
 
 # -- numbers of a call ----------------------------------------------------------------------
@@ -353,10 +357,11 @@ def source_of(old: fx.Node) -> str:
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
-    groups = number(r, argument(old, 6, "groups", 1))
-    kept = kept_runs(r.sizes.kept_along(source_of(old), 1), groups)
-    if kept != groups:
-        set_argument(new, 6, "groups", kept)
+    r.keep_numbers(old, new)
+    groups = argument(old, 6, "groups", 1)
+    kept = kept_runs(r.sizes.kept_along(source_of(old), 1), number(r, groups))
+    if kept != number(r, groups) or isinstance(groups, fx.Node):
+        set_argument(new, 6, "groups", r.scaled(groups, kept))  # samples may be groups
 
 
 @register("scaled_dot_product_attention")

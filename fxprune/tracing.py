@@ -63,6 +63,7 @@ _METHODS = (
     "split",
     "chunk",
 )  # fmt: skip - of plain tensors; torch's C++ code takes no traced sizes in lists
+_SIZED = ("zeros", "ones", *(name for name in _METHODS if name not in ("to", "new_full")))
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _OURS = ("torch.fx", "fxprune")  # modules whose frames are not the model's
 WITHIN = "within"  # of a node's meta: the path of the module in whose forward it was made
@@ -180,6 +181,12 @@ class ConcreteTracer(fx.Tracer):
     ) -> Any:
         if target is F.scaled_dot_product_attention and kwargs.get("enable_gqa"):
             args, kwargs = self._repeated_heads(args, kwargs)
+        if kind in ("call_function", "call_method"):
+            name = target if isinstance(target, str) else getattr(target, "__name__", "")
+            if name in _SIZED:
+                first = 0 if name in ("zeros", "ones") else 1
+                args = (*args[:first], *fx.node.map_aggregate(args[first:], _bound))
+                kwargs = fx.node.map_aggregate(kwargs, _bound)
         made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **kw)
         node = made.node
         if "value" not in node.meta:
@@ -240,6 +247,8 @@ class ConcreteTracer(fx.Tracer):
             return a
         if kind is tuple or kind is list:
             return kind([self.create_arg(v) for v in a])
+        if kind is slice:
+            return slice(*(self.create_arg(_bound(v)) for v in (a.start, a.stop, a.step)))
         if isinstance(a, np.generic):
             return a.item()
         if isinstance(a, dict) and is_dataclass(a):
@@ -392,6 +401,14 @@ class ConcreteTracer(fx.Tracer):
             return original(*values, **kwargs)
 
         return check
+
+
+def _bound(v: Any) -> Any:
+    """A size or a bound of a slice; a number that a constant tensor holds is a number."""
+    value = v.value if is_traced(v) else v
+    if not isinstance(value, Tensor) or (is_traced(v) and not settled_tensor(v.node)):
+        return v
+    return int(v)
 
 
 def _homes(function: Callable[..., Any]) -> list[tuple[dict[str, Any], str]]:

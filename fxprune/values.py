@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ FOLLOW_DATA = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecu
 READ_DATA = ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")
 # Calls with as many results as a tensor is long, where the count is not given.
 PARTS = ("unbind", "split", "tolist")
+
+
+_NUMPY = {  # as ``operator`` names them
+    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv", "power": "pow",
+    "floor_divide": "floordiv", "remainder": "mod",
+}  # fmt: skip
 
 
 class Value(fx.Proxy):
@@ -84,6 +91,21 @@ class Value(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """np.sqrt(x.shape[-1]), np.sqrt(2.0) * x: recorded as Python's own functions."""
+        name = _NUMPY.get(function.__name__, function.__name__)
+        own = getattr(operator if len(args) > 1 else math, name, None)
+        if method != "__call__" or kwargs or own is None:
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", own, args, {})
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """np.prod(x.shape[1:])"""
+        own = getattr(math, function.__name__, None)
+        if kwargs or own is None:
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", own, args, {})
 
     def _in_place(self, name: str, other: Any) -> Any:
         if not isinstance(self.value, Tensor):
@@ -164,6 +186,8 @@ def follows_data(node: fx.Node) -> bool:
         return False
     if name == "getitem" and len(node.args) > 1:
         listed = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if _up_to_data(listed):
+            return True
         masks = [i.meta.get("value") for i in listed if isinstance(i, fx.Node)]
         if any(isinstance(m, Tensor) and m.dtype in (torch.bool, torch.uint8) for m in masks):
             return True
@@ -172,6 +196,12 @@ def follows_data(node: fx.Node) -> bool:
     if name == "where" and len(node.args) + len(node.kwargs) == 1:
         return True
     return any(i.meta.get("data") and _passes(node, i) for i in node.all_input_nodes)
+
+
+def _up_to_data(index: Any) -> bool:
+    """Whether a bound of a slice is a tensor."""
+    bounds = [v for i in index if isinstance(i, slice) for v in (i.start, i.stop, i.step)]
+    return any(isinstance(v, fx.Node) and isinstance(v.meta.get("value"), Tensor) for v in bounds)
 
 
 _ARITHMETIC = {"add", "sub", "mul", "truediv", "div", "pow", "neg", "eq", "ne", "lt", "gt", "le"}

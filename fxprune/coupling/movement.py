@@ -141,6 +141,8 @@ def _taken(labels: Labels, fields: Fields, dim: int, index: slice) -> Fields:
         if f.shape[dim] > 1:
             if labels.opaque:
                 labels.lock(f, "indexed inside an opaque module")
+            if labels.measured:
+                labels.lock(f, "how many of them are taken follows from data")
             stepped = index.step not in (None, 1) and len(varying(f)) > 1
             if stepped or len(range(*index.indices(f.shape[dim]))) == 1:
                 g = labels.mix(f, [dim], "indexed by number")

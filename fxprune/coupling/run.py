@@ -28,6 +28,7 @@ from fxprune.leaves import is_leaf
 from fxprune.products import Product, as_product, evaluating, storage_key
 from fxprune.record import Composites, Recorded
 from fxprune.types import IntArray
+from fxprune.values import PARTS
 from fxprune.whole import KeptWhole
 
 
@@ -197,6 +198,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.where = f"{n.name} ({n.target})" if n.op == "call_module" else n.name
         self.labels.opaque = self._is_opaque(n)
         self.labels.literal = n.op != "call_module" and _addresses_literally(n)
+        self.labels.measured = self._is_measured(n)
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.extremes = n.op != "call_module" and _extreme_alone(n)
         self.labels.expands = n.op != "call_module" and _expands(n)
@@ -298,6 +300,18 @@ class _LabelInterpreter(fx.Interpreter):
         if n.op == "call_module":
             return not is_leaf(self.submodules[str(n.target)])
         return isinstance(n.target, KeptWhole) or call_name(n) in COMPOSITES
+
+    def _is_measured(self, n: fx.Node) -> bool:
+        """Whether a part is taken up to a number that is data."""
+        name, parts = call_name(n) if n.op != "call_module" else "", n.args[1:]
+        if name in ("getitem", "setitem"):
+            listed = n.args[1] if isinstance(n.args[1], tuple) else n.args[1:2]
+            parts = tuple(i for i in listed if isinstance(i, slice))
+        elif name not in ("narrow", *PARTS):
+            return False
+        found: list[fx.Node] = []
+        fx.node.map_arg((parts, n.kwargs), found.append)
+        return any(i.meta.get("data") or isinstance(self.values[i.name], Traits) for i in found)
 
     def _traits(self, value: Any) -> Any:
         def one(t: Tensor) -> Traits:
