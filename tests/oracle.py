@@ -160,8 +160,9 @@ def masked_original(traced: Traced, plan: PrunePlan) -> Any:
             one = along.reshape(shape).expand(t.shape)
             keep[name] = keep[name] & one if name in keep else one
         behind = {p for p, m in gm.named_modules() if isinstance(m, ParametrizationList)}
-        for name, m in keep.items():
-            if name.rpartition(".")[0] not in behind:
+        for name, m in keep.items():  # of a removed channel a buffer may hold whatever it likes
+            learned = isinstance(tensors[name], nn.Parameter)
+            if learned and name.rpartition(".")[0] not in behind:
                 tensors[name].mul_(m.to(tensors[name].dtype))
     names = dict(gm.named_parameters(remove_duplicate=False))
     by_id = {id(t): n for n, t in tensors.items()}

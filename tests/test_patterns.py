@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import patterns_attention  # noqa: F401 - registers its cases
+import patterns_fields  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
 import patterns_foreign  # noqa: F401 - registers its cases
 import patterns_fused  # noqa: F401 - registers its cases

@@ -170,16 +170,16 @@ def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, ou
     for f in labels.of(w):
         if varying(f) - {0, 1}:
             labels.lock(f, "kernel position")
-    inputs, batch = _conv_input(labels, x)
+    inputs, kept = _conv_input(labels, x, _pointwise(args))
     if inputs is not None and not (labels.vanishes(w) or labels.vanishes(x)):
         labels.lock(inputs, ADDED)
     w0, w1 = (_flat(labels, w, d) for d in (0, 1))
     outputs = (_transposed if transposed else _forward)(labels, inputs, w0, w1, w, groups)
-    spatial = int(np.prod(x.shape[2:] if transposed else out.shape[2:]))
-    taps = int(np.prod(w.shape[2:]))
     sides = [(w.shape[d], None if f is None else f[:, None]) for d, f in ((0, w0), (1, w1))]
-    record(labels, spatial * taps * x.shape[0], sides)
-    fields = list(batch)
+    at = x.shape if transposed else out.shape
+    sides += [(s, dim_labels(kept, d)) for d, s in enumerate(at) if d != 1]
+    record(labels, int(np.prod(w.shape[2:])), sides)
+    fields = list(kept)
     if outputs is not None:
         fields.append(outputs.reshape([-1 if d == 1 else 1 for d in range(out.dim())]))
     if bias is not None:
@@ -198,19 +198,30 @@ def _flat(labels: Labels, t: Tensor, dim: int) -> IntArray | None:
     return None
 
 
-def _conv_input(labels: Labels, x: Tensor) -> tuple[IntArray | None, Fields]:
-    """([C] channel labels or None, fields along the batch dim)."""
+def _pointwise(args: Sequence[Any]) -> frozenset[int]:
+    """The dims along which a convolution takes each position for itself, and the batch."""
+    w, (stride, padding, more) = args[1], (args[3], args[4], args[7])
+    steps = [v * (w.dim() - 2) if len(v) == 1 else v for v in (stride, padding, more)]
+    plain = [(n, *step) == (1, 1, 0, 0) for n, *step in zip(w.shape[2:], *steps, strict=True)]
+    return frozenset([0, *(d + 2 for d, one in enumerate(plain) if one)])
+
+
+def _conv_input(
+    labels: Labels, x: Tensor, pointwise: frozenset[int]
+) -> tuple[IntArray | None, Fields]:
+    """([C] channel labels or None, fields along dims that are not mixed)."""
     channel: IntArray | None = None
-    batch: Fields = []
+    kept: Fields = []
+    mixed = frozenset(range(x.dim())) - pointwise
     for f in labels.of(x):
         if 1 in varying(f):
             others = varying(f) - {1}
             channel = (labels.merge(f, others) if others else f).ravel()
         else:
-            g = labels.mix(f, range(2, x.dim()), "convolution along the channels")
+            g = labels.mix(f, mixed, "convolution along the channels")
             if g is not None:
-                batch.append(g)
-    return channel, batch
+                kept.append(g)
+    return channel, kept
 
 
 def _meet_flat(labels: Labels, a: IntArray | None, b: IntArray | None, why: str) -> None:
@@ -235,6 +246,8 @@ def _forward(
     groups: int,
 ) -> IntArray | None:
     """w [O, C/groups, *]: output labels [O]."""
+    if groups > 1 and all(f is None or _repeats(f, groups) for f in (x, w0)):
+        x, groups = None if x is None else x[: len(x) // groups], 1  # the samples are the groups
     if groups == 1:
         if w.shape[1] > 1:
             _meet_flat(labels, x, w1, _FIXED)
@@ -258,6 +271,12 @@ def _forward(
     else:
         labels.parent(rows, block, ROW)
     return w0
+
+
+def _repeats(f: IntArray, times: int) -> bool:
+    """Whether a label vector is one that comes ``times`` times."""
+    block = f.reshape(times, -1)
+    return bool((block == block[:1]).all())
 
 
 def _group_rows(labels: Labels, x: IntArray | None, groups: int) -> IntArray | None:

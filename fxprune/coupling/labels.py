@@ -404,6 +404,9 @@ class Labels:
         if not self._products:
             return
         facts = self.facts
+        self.locked = np.concatenate([self.locked, np.zeros(facts.count, dtype=np.bool_)])
+        for p in self._products.values():
+            self.locked[p.made] |= bool(self.locked[p.a].all() and self.locked[p.b].all())
         used = np.zeros(facts.count, dtype=np.bool_)
         pairs = [f for pair in [*facts.unions, *facts.parents] for f in pair]
         dims = [d for c in facts.contractions for d in c.dims]
@@ -412,11 +415,18 @@ class Labels:
         for f in (*pairs, *facts.rects, *facts.uniforms, *locks, *dims, *inputs, *seen):
             used[f] = True
         for p in reversed(self._products.values()):
-            if used[p.made].any():
+            if not used[p.made].any():
+                continue
+            used[p.a] = used[p.b] = True
+            fixed = bool(self.locked[p.a].all()), bool(self.locked[p.b].all())
+            if all(fixed):
+                self.lock(p.made, "made of channels that stay")
+            elif any(fixed):  # kernel positions, say: a pair is what the other side is
+                self.union(p.b if fixed[0] else p.a, p.made)
+            else:
                 self.parent(p.a, p.made)
                 self.parent(p.b, p.made)
                 self.rect(p.made, max(varying(p.made)))
-                used[p.a] = used[p.b] = True
 
     def rows(self, f: IntArray, dims: Iterable[int]) -> IntArray | None:
         """Contract ``dims`` away: a fresh label for each row that is left, parent of its labels."""

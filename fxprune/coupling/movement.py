@@ -171,8 +171,8 @@ def _slice(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
         return
     start = start or 0
     labels.put(out, _taken(labels, labels.of(x), dim, slice(start, stop, step)))
-    if step != 1 and any(dim in varying(f) for f in labels.of(x)):
-        labels.stride(out, labels.of(x))
+    if step != 1 and (along := [f for f in labels.of(x) if dim in varying(f)]):
+        labels.stride(out, [*labels.strided(x), *along])
 
 
 @register(
@@ -218,16 +218,22 @@ def joined(labels: Labels, parts: Sequence[Tensor], fields: list[Fields], dim: i
         shapes = [[1 if d == dim else s for d, s in enumerate(t.shape)] for t in parts]
         reason = "concatenated with a tensor whose channels are fixed"
         return labels.combine(unfixed(labels, shapes, fields, reason))
+    around: Fields = []
+    if all(varying(f) == {dim} for fs in fields for f in fs if dim in varying(f)):
+        rest = [[f for f in fs if dim not in varying(f)] for fs in fields]
+        fields = [[f for f in fs if dim in varying(f)] for fs in fields]
+        if any(rest):
+            around = joined(labels, parts, rest, dim)
     pieces = [_piece(labels, t, fs, dim) for t, fs in zip(parts, fields, strict=True)]
     shape = [max(p.shape[d] for p in pieces) for d in range(pieces[0].ndim)]
     if math.prod(shape) > shape[dim]:  # they vary along other dims too
-        around = shape[:dim], shape[dim + 1 :]
-        pieces = [np.broadcast_to(p, (*around[0], p.shape[dim], *around[1])) for p in pieces]
+        ends = shape[:dim], shape[dim + 1 :]
+        pieces = [np.broadcast_to(p, (*ends[0], p.shape[dim], *ends[1])) for p in pieces]
     result = np.concatenate(pieces, axis=dim)
     labels.uniform(result, dim)
     for d in varying(result) - {dim}:  # the parts keep equal extents along all other dims
         labels.rect(result, d)
-    return [result]
+    return [result, *around]
 
 
 def _piece(labels: Labels, t: Tensor, fields: Fields, dim: int) -> IntArray:

@@ -393,7 +393,9 @@ def label_run(captured: Captured) -> Run:
     zero = set(_always_zero(captured.base))
     for name, t in tensors:
         learnable = isinstance(t, torch.nn.Parameter)
-        if t.is_floating_point() and not (scripted and name.startswith(scripted)):
+        if (t.is_floating_point() or t.is_complex()) and not (
+            scripted and name.startswith(scripted)
+        ):
             labels.parameter(t, vanishing=learnable or name in zero)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
     for name, t in tensors_of(captured.base):  # those that forward does not use

@@ -57,6 +57,7 @@ class _Solver:
         self.parents = list(facts.parents)
         self.kinds = list(facts.kinds)
         self.probes = facts.probes
+        self.meets = [m for m in facts.meets if m.shape[1] > 1]
         self.pinned_labels: list[IntArray] = []
         self.rect_labels = distinct(facts.rects)
         self.uniform_labels = distinct(facts.uniforms)
@@ -130,6 +131,10 @@ class _Solver:
 
     def settle_parents(self) -> None:
         """Parents are one level deep, and two parents of one class cross in that class only."""
+        before = self.size()
+        self._whole_dims()
+        if self.size() > before:
+            return
         p, c = self.pairs.T
         if not len(p):
             return
@@ -156,6 +161,22 @@ class _Solver:
         if len(crossing):
             self.pinned_labels.append(self.cls_first()[np.unique(crossing)])
 
+    def _whole_dims(self) -> None:
+        """A label that is all of a dim stays, and what is finer does not vary along that dim.
+
+        So do those of which what is finer tells none apart.
+        """
+        for meet in self.meets:
+            ends = self.cls[meet[:2, [0, -1]]]
+            if not (ends[:, 0] == ends[:, 1]).any():
+                continue
+            found = self.cls[meet]
+            same = found == found[:, :1]
+            if same[0].all() or same[1:].all():
+                if not self.pinned[found[0, 0]]:
+                    self.pinned_labels.append(meet[0, :1])
+                self.unite(np.broadcast_to(found[:, :1], found.shape), found)
+
     # -- roles --------------------------------------------------------------------------------
 
     def roles(self) -> None:
@@ -176,16 +197,14 @@ class _Solver:
             self.unite(p[mine][twice], target[c[mine]][twice])
 
     def _one_row_each(self, p: IntArray, c: IntArray) -> None:
-        """Of two row parents of one class, one that no op calls a row is a column; or pin both."""
+        """Of two row parents of one class one is a column: one that no op calls a row, if any."""
         rows = self.is_row[p]
         count = np.bincount(c[rows], minlength=self.n)
         crossing = np.unique(p[rows & (count[c] > 1)])
         if not len(crossing):
             return
         free = crossing[~np.isin(crossing, self.known[ROW])]
-        if not len(free):
-            self.pinned_labels.append(self.cls_first()[crossing])
-            return
+        free = free if len(free) else crossing  # sums over either side of a block
         size = np.bincount(p, minlength=self.n)
         for q in free[np.argsort(size[free], kind="stable")]:
             mates = np.isin(c, c[p == q]) & self.is_row[p] & (p != q)

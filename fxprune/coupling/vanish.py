@@ -172,6 +172,14 @@ def _fields(labels: Labels, t: Any, ndim: int) -> Dims:
     return {varying(align(f, ndim)) for f in labels.of(t)}
 
 
+def _cover(found: Dims, wanted: Dims) -> bool:
+    """Whether each wanted field is among ``found``, or spanned by two of them.
+
+    Of a block with a label for each row and each column, a position goes with one of these.
+    """
+    return all(w in found or any(v < w and (w - v) in found for v in found) for w in wanted)
+
+
 def _wanted(labels: Labels, out: Tensor) -> Dims:
     return {varying(f) for f in labels.of(out)}
 
@@ -181,14 +189,14 @@ def _by_any(labels: Labels, out: Tensor, operands: Iterable[Any]) -> bool:
     found: Dims = set()
     for t in operands:
         found |= _fields(labels, t, out.dim())
-    return _wanted(labels, out) <= found
+    return _cover(found, _wanted(labels, out))
 
 
 def _by_all(labels: Labels, out: Tensor, operands: Iterable[Any]) -> bool:
     """A sum of its operands: zero where all of them are. Numbers must be zero."""
     wanted = _wanted(labels, out)
     return all(
-        wanted <= _fields(labels, t, out.dim()) if isinstance(t, Tensor) else t == 0
+        _cover(_fields(labels, t, out.dim()), wanted) if isinstance(t, Tensor) else t == 0
         for t in operands
     )
 
@@ -199,7 +207,8 @@ def _multiply(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: 
 
 def _divide(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
     """0 / y, where y itself does not vanish."""
-    if _fields(labels, args[1], out.dim()) & _wanted(labels, out):
+    below = _fields(labels, args[1], out.dim())
+    if any(_cover(below, {w}) for w in _wanted(labels, out)):
         return False
     return _by_any(labels, out, args[:1])
 
