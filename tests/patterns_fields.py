@@ -289,3 +289,38 @@ class KolmogorovArnold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x).tanh())
+
+
+# -- structures ----------------------------------------------------------------------------------
+
+
+@case("q.weight:0 k.weight:0 places.weight:1", inputs=TOKENS)
+class QueriesOfADetector(nn.Module):
+    """Learned queries, repeated for each sample, attend to each other; samples times heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.i, self.o = nn.Embedding(4, 16), nn.Linear(5, 12), nn.Linear(12, 3)
+        self.q, self.k, self.v = (nn.Linear(16, 12) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        places = self.places.weight.unsqueeze(1).repeat(1, n, 1)
+        q, k, v = (f(places).view(4, n * 3, 4).transpose(0, 1) for f in (self.q, self.k, self.v))
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return self.o(y.transpose(0, 1).reshape(4, n, 12) * self.i(x).mean(1))
+
+
+@case("e.weight:1 o.weight:1", "o.bias:0", inputs=lambda seed, batch: (torch.tensor([[1, 3]]),))
+class TiedBias(nn.Module):
+    """A parameter under two names, of which forward uses one: it is counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(7))
+        self.e, self.h = nn.Embedding(7, 8), nn.Linear(8, 8)
+        self.o = nn.Linear(8, 7, bias=False)
+        self.o.bias = self.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.o(self.h(self.e(tokens)).relu())

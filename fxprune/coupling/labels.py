@@ -386,15 +386,26 @@ class Labels:
         found = self._products.get(int(f.min())) if self._products and f.size > 1 else None
         return found if found is not None and int(f.max()) <= int(found.made.flat[-1]) else None
 
-    def factors(self, f: IntArray) -> Fields:
-        """The fields of which ``f`` is the product, where each has dims of its own; else ``f``."""
+    def _sides(self, f: IntArray) -> Fields:
+        """The two fields of which ``f`` is the product; none where it is not one."""
         pair = self.made_of(f)
         if pair is None:
-            return [f]
+            return []
         at = f - int(pair.made.flat[0])
         sides = [np.broadcast_to(side, pair.made.shape).ravel()[at] for side in (pair.a, pair.b)]
-        a, b = (squeezed(side, range(f.ndim)) for side in sides)
-        return [f] if varying(a) & varying(b) else [*self.factors(a), *self.factors(b)]
+        return [squeezed(side, range(f.ndim)) for side in sides]
+
+    def sides(self, f: IntArray) -> Fields:
+        """The fields of which ``f`` is the product, down to those that are none."""
+        pair = self._sides(f)
+        return [s for side in pair for s in self.sides(side)] if pair else [f]
+
+    def factors(self, f: IntArray) -> Fields:
+        """``sides``, as far as each has dims of its own."""
+        pair = self._sides(f)
+        if not pair or varying(pair[0]) & varying(pair[1]):
+            return [f]
+        return [*self.factors(pair[0]), *self.factors(pair[1])]
 
     def settle_products(self, seen: Iterable[IntArray]) -> None:
         """Say of which labels the products are children, where they are known by name.

@@ -398,8 +398,9 @@ def label_run(captured: Captured) -> Run:
         ):
             labels.parameter(t, vanishing=learnable or name in zero)
         parameters[name] = Traits(tuple(t.shape), t.dtype, tuple(labels.of(t)), learnable)
+    known = {id(t) for _, t in tensors}
     for name, t in tensors_of(captured.base):  # those that forward does not use
-        if name not in parameters:
+        if name not in parameters and id(t) not in known:
             learnable = isinstance(t, torch.nn.Parameter)
             parameters[name] = Traits(tuple(t.shape), t.dtype, (), learnable)
     mode = _LabelMode(labels, names, parameters)

@@ -89,7 +89,8 @@ def covers(labels: Labels, t: Tensor, f: IntArray, dim: int) -> bool:
     by = labels.zeroed(t)
     if by is None:
         return False
-    if bool(np.isin(f, by).all()):
+    along = [side for side in labels.sides(f) if dim in varying(side)]  # of pairs: rows go whole
+    if all(bool(np.isin(side, by).all()) for side in along):
         return True
     if len(by) != f.shape[dim]:
         return False
