@@ -18,6 +18,7 @@ from fxprune.rewrite import (
     keywords,
     number,
     register,
+    set_argument,
     source_of,
 )
 from fxprune.types import BoolArray, IntArray
@@ -208,6 +209,23 @@ def _interleave(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         given = keywords(old)["output_size"]
         if want != number(r, given) or isinstance(given, fx.Node):
             new.kwargs = {**new.kwargs, "output_size": r.scaled(given, want)}
+
+
+@register("pad")
+def _pad(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """Of the zeros before and after the channels some are gone too."""
+    r.keep_numbers(old, new)
+    result, pads = r.sizes.old(old), argument(old, 1, "pad")
+    if not isinstance(pads, (list, tuple)):
+        return
+    made = []
+    for i, n in enumerate(pads):
+        kept = r.sizes.positions(result, len(result.shape) - 1 - i // 2)
+        side = kept[len(kept) - number(r, n) :] if i % 2 else kept[: number(r, n)]
+        made.append(r.original(n) if kept.all() and isinstance(n, fx.Node) else n)
+        if not kept.all():
+            made[i] = r.scaled(n, int(side.sum()))
+    set_argument(new, 1, "pad", tuple(made))
 
 
 @register("view_as_complex")

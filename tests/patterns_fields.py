@@ -148,6 +148,43 @@ class InverseWavelet(Between):
         return made
 
 
+@case("a.weight:0 c.weight:0 d.weight:0 b.weight:1", kind="numbers")
+@case("a.weight:0 c.weight:0 d.weight:0 b.weight:1", kind="sizes")
+@case("a.weight:0 c.weight:0 d.weight:0 b.weight:1", kind="mean")
+@case("c.weight:0", "a.weight:0 d.weight:0", kind="ones")
+class PaddedShortcut(nn.Module):
+    """A residual net without a convolution in its shortcut: new channels start with zeros."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, conv(3, 8), conv(14, 4, 1)
+        self.c, self.d = conv(8, 10, stride=2), conv(10, 14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y, z = self.d(self.c(x).relu()), x[:, :, ::2, ::2]
+        more = y.size(1) - z.size(1)
+        if self.kind == "sizes":
+            return self.b(y + F.pad(z, (0, 0, 0, 0, more // 2, more - more // 2)))
+        z = F.pad(z, (0, 0, 1, 0, 2, 4), "constant", float(self.kind == "ones"))[:, :, :-1]
+        return self.b(y + (z * z.mean(1, keepdim=True) if self.kind == "mean" else z))
+
+
+@case("q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=TOKENS)
+class SpectralCorrelation(nn.Module):
+    """Autoformer: delays are weighed by the correlation of queries and keys over all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(5, 8) for _ in range(3))
+        self.o = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (torch.fft.rfft(f(x), dim=1) for f in (self.q, self.k))
+        scores = torch.fft.irfft(q * torch.conj(k), dim=1, n=x.shape[1]).mean(-1).softmax(1)
+        return self.o(scores[..., None] * self.v(x))
+
+
 @case("e.weight:0 t.weight:0 o.weight:1", inputs=TOKENS)
 class PointwiseTokens(nn.Module):
     """Tokens are mixed by a convolution with a kernel of one: every channel for itself."""

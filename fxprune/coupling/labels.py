@@ -166,6 +166,7 @@ class Labels:
         self.averages = False  # inside a call whose divisor can be rewritten
         self.extremes = False  # inside a maximum or minimum that can be
         self.measured = False  # inside a call that takes as much as a number says that is data
+        self.pads = False  # inside a call whose padding can be rewritten
         self.literal = False  # inside a call whose positions are constants, and can be rewritten
         self.dirty: dict[int, Any] = {}  # memory written to: what is in it does not vanish
 

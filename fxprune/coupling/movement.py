@@ -328,10 +328,22 @@ def _flip(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tens
 
 @register("aten.constant_pad_nd", "aten.pad", "aten._pad_circular")
 def _pad(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    pads = args[1]
-    padded = {out.dim() - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
-    fields = [labels.mix(f, padded, "padded along the channels") for f in labels.of(args[0])]
-    labels.put(out, [f for f in fields if f is not None])
+    """Zeros before and after the channels are channels too, which follow what they meet."""
+    last = out.dim() - 1
+    ends = {last - i // 2: args[1][i : i + 2] for i in range(0, len(args[1]), 2)}
+    ends = {d: e for d, e in ends.items() if any(e)}
+    zeros = labels.pads and "constant" in str(func) and not any(args[2:])
+    fields = []
+    for f in labels.of(args[0]):
+        along = varying(f) & ends.keys()
+        if zeros and len(varying(f)) == 1 and along and min(ends[min(along)]) >= 0:
+            (dim,) = along
+            shapes = [[n if d == dim else 1 for d in range(f.ndim)] for n in ends[dim]]
+            before, after = (labels.new(ends[dim][i]).reshape(shapes[i]) for i in (0, 1))
+            fields.append(np.concatenate([before, f, after], axis=dim))
+        elif (g := labels.mix(f, ends, "padded along the channels")) is not None:
+            fields.append(g)
+    labels.put(out, fields)
 
 
 @register("aten.index", "aten.index_select", "aten.embedding")

@@ -88,6 +88,7 @@ _POINTWISE = (
     "aten._prelu_kernel", "aten.prelu", "aten.masked_fill", "aten.masked_fill_", "aten.where",
     "aten.hardswish", "aten.rrelu_with_noise", "aten.log_sigmoid_forward", "aten._to_copy",
     "aten.floor_divide", "aten.bernoulli", "aten.polar", "aten.complex", "aten.real", "aten.imag",
+    "aten._conj", "aten.conj", "aten._conj_physical", "aten.conj_physical", "aten.resolve_conj",
     "aten.special_expm1", "aten.randn_like", "aten.empty_like", "aten.positive", "aten.dropout",
 )  # fmt: skip
 

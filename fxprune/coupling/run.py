@@ -199,6 +199,7 @@ class _LabelInterpreter(fx.Interpreter):
         self.labels.opaque = self._is_opaque(n)
         self.labels.literal = n.op != "call_module" and _addresses_literally(n)
         self.labels.measured = self._is_measured(n)
+        self.labels.pads = n.op != "call_module" and call_name(n) == "pad"
         self.labels.averages = n.op != "call_module" and call_name(n) == "mean"
         self.labels.extremes = n.op != "call_module" and _extreme_alone(n)
         self.labels.expands = n.op != "call_module" and _expands(n)

@@ -34,7 +34,8 @@ _UNARY = frozenset((
     "sign", "round", "floor", "ceil", "trunc", "clone", "alias", "detach", "contiguous",
     "lift_fresh", "_to_copy", "dropout", "native_dropout", "expm1", "special_expm1", "log1p",
     "nan_to_num", "hardshrink", "softshrink", "prelu", "_prelu_kernel", "real", "positive",
-    "rad2deg", "deg2rad", "zeros_like",
+    "rad2deg", "deg2rad", "zeros_like", "_conj", "conj", "_conj_physical", "conj_physical",
+    "resolve_conj",
 ))  # fmt: skip
 # linear in the positions along dims that carry no labels, or the same values elsewhere
 _MOVING = frozenset((
