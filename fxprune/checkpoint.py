@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import ModelError, OutputError, PlanError
@@ -162,16 +163,22 @@ def check_values(model: nn.Module) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """ModelError that names the parameters or buffers that hold NaN or Inf."""
+    """ModelError that names the parameters or buffers that hold NaN or Inf.
+
+    Inf may stand in buffers that are no statistics: masks of attention, bounds of a clamp.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = [k for k, t in tensors if is_lazy(t)]
     if lazy:
         raise ModelError(
             f"{lazy[0]!r} has no shape yet (a lazy module); call the model once on example inputs"
         )
+    statistics = [t for m in model.modules() if isinstance(m, _NormBase) for t in m.buffers(False)]
+    finite = {id(t) for t in (*model.parameters(), *statistics)}
     with torch.no_grad():
         values = [(k, t) for k, t in tensors if t.is_floating_point() and not t.is_meta]
-        bad = [k for k, t in values if not bool(t.isfinite().all())]
+        wrong = [(k, ~t.isfinite() if id(t) in finite else t.isnan()) for k, t in values]
+        bad = [k for k, w in wrong if bool(w.any())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ModelError(

@@ -193,3 +193,12 @@ def test_check_finite_names_the_parameter() -> None:
         model.norm.running_var[0] = float("inf")
     with pytest.raises(ModelError, match=r"NaN or Inf in 'a\.bias', 'norm\.running_var'"):
         checkpoint.check_finite(model)
+
+
+def test_check_finite_lets_masks_be_infinite() -> None:
+    model = net()
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    checkpoint.check_finite(model)
+    model.mask[0, 1] = torch.nan
+    with pytest.raises(ModelError, match="NaN or Inf in 'mask'"):
+        checkpoint.check_finite(model)

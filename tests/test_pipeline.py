@@ -202,6 +202,31 @@ def test_parts_that_were_frozen_in_eval_mode_stay_so() -> None:
         assert [name for name, training in modes.items() if not training] == ["stem.1"]
 
 
+class Masked(nn.Module):
+    """Causal attention with a mask of -inf, and a clamp without bounds, in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.mlp, self.out = nn.Linear(8, 24), nn.Linear(8, 32), nn.Linear(32, 5)
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+        self.register_buffer("most", torch.tensor(torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        y = (q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v
+        return self.out(torch.minimum(self.mlp(y).relu(), self.most))
+
+
+@pytest.mark.parametrize("criterion", ["attention", "l1"])
+def test_masks_of_infinity_are_no_diverged_weights(criterion: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 6, 8)
+    options = {"criterion": criterion, "max_evaluations": 4, "progress": False}
+    result = fxprune.prune(Masked().eval(), x[:2], 0.6, x, **options)
+    assert result.after.macs <= 0.6 * result.before.macs
+    assert bool(result.model(x).isfinite().all())
+
+
 def test_an_evaluate_that_gives_no_finite_number_is_said() -> None:
     with pytest.warns(UserWarning, match="gave a finite number"):
         prune(net(), evaluate=lambda m: float("nan"))
