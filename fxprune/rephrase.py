@@ -86,34 +86,52 @@ def _holds_more(node: fx.Node) -> bool:
 
 
 def _form_alone(graph: fx.Graph, node: fx.Node) -> None:
-    """x[:, :, -1], of which only the shape is used: a position that nobody reads may go."""
+    """x[:, :, -1] or x[..., :1], of which only the form is used: nobody reads that position."""
     if named(node) != "getitem" or not isinstance(node.args[1], tuple):
         return
     source: Any = node.args[0]
-    index = node.args[1]
     before, after = source.meta.get("value"), node.meta.get("value")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not node.users:
         return
-    plain = all(i == slice(None) or isinstance(i, int) for i in index)
-    if not plain or not any(isinstance(i, int) for i in index):
+    index = _spelled_out(node.args[1], before)
+    if not any(i != slice(None) for i in index) or len(index) != before.dim():
         return
     if not all(_asks_for_form(user, node) for user in node.users):
         return
-    kept = [d for d in range(before.dim()) if d >= len(index) or not isinstance(index[d], int)]
+    kept = [d for d, i in enumerate(index) if not isinstance(i, int)]
     with graph.inserting_before(node):
         shape = graph.call_function(getattr, (source, "shape"))
-        sizes = [graph.call_function(operator.getitem, (shape, d)) for d in kept]
+        sizes: list[Any] = [1] * len(kept)
+        for i, d in enumerate(kept):
+            if index[d] == slice(None):
+                sizes[i] = graph.call_function(operator.getitem, (shape, d))
+                sizes[i].meta["value"] = before.shape[d]
         made = graph.call_method("new_empty", (source, tuple(sizes)))
     shape.meta["value"] = before.shape
-    for size, d in zip(sizes, kept, strict=True):
-        size.meta["value"] = before.shape[d]
     made.meta["value"] = after
     node.replace_all_uses_with(made)
     graph.erase_node(node)
 
 
+def _spelled_out(index: tuple[Any, ...], x: Tensor) -> list[Any]:
+    """One number or slice for each dim, a slice being all or one position; else nothing."""
+    whole = [slice(None)] * (x.dim() - len(index) + (Ellipsis in index))
+    at = index.index(Ellipsis) if Ellipsis in index else len(index)
+    spelled = [*index[:at], *whole, *index[at + 1 :]]
+    for i, s in zip(spelled, x.shape, strict=False):
+        numbers = (i.start, i.stop, i.step) if isinstance(i, slice) else (i,)
+        if not all(n is None or type(n) is int for n in numbers) or i is None:
+            return []
+        if isinstance(i, slice) and i != slice(None) and len(range(*i.indices(s))) != 1:
+            return []
+    return spelled
+
+
 _FORMS = ("shape", "device", "dtype")
-_CALLS = ("size", "dim", "numel", "len")
+_CALLS = (
+    "size", "dim", "numel", "len", "zeros_like", "ones_like", "full_like", "empty_like",
+    "rand_like", "randn_like",
+)  # fmt: skip
 
 
 def _asks_for_form(user: fx.Node, node: fx.Node) -> bool:

@@ -348,6 +348,29 @@ class QueriesOfADetector(nn.Module):
         return self.o(y.transpose(0, 1).reshape(4, n, 12) * self.i(x).mean(1))
 
 
+@case("e.weight:0 f.weight:0 o.weight:1", inputs=TOKENS, kind="slice")
+@case("e.weight:0 f.weight:0 o.weight:1", inputs=TOKENS, kind="position")
+@case("f.weight:0", "e.weight:0", inputs=TOKENS, kind="read")
+class TimeAsAChannel(nn.Module):
+    """Neural differential equations: a channel is asked for its form alone, and filled with t."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.e, self.o = kind, nn.Linear(5, 8), nn.Linear(8, 3)
+        self.f, self.g = nn.Linear(9, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.e(x)
+        for t in (0.0, 0.5):
+            time = torch.ones_like(h[..., :1]) * t
+            if self.kind == "position":
+                time = torch.full_like(h[:, :, -1], t).unsqueeze(-1)
+            if self.kind == "read":
+                time = time + h[..., :1]
+            h = h + self.g(self.f(torch.cat([time, h], -1)).tanh())
+        return self.o(h)
+
+
 @case("e.weight:1 o.weight:1", "o.bias:0", inputs=lambda seed, batch: (torch.tensor([[1, 3]]),))
 class TiedBias(nn.Module):
     """A parameter under two names, of which forward uses one: it is counted once."""
