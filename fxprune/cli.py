@@ -1,15 +1,18 @@
 """The command line: a thin shell over the library.
 
 Exit codes: 0 done; 2 the input cannot be used (one line on stderr says what and the cure); 1 any
-other failure; 130 interrupted. Figures go to stdout, progress and errors to stderr.
+other failure; 130 interrupted; 143 terminated. Figures go to stdout, progress and errors to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,17 +46,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` without the program's name."""
     args = argparse.Namespace(again="")
     try:
-        args = _parser().parse_args(argv)
-        command: Callable[[argparse.Namespace], None] = args.command
-        command(args)
+        with _ended_by_sigterm():
+            args = _parser().parse_args(argv)
+            command: Callable[[argparse.Namespace], None] = args.command
+            command(args)
     except InputError as e:
         return _fail(e, 2)
     except FxpruneError as e:
         return _fail(e, 1)
+    except _Terminated:
+        sys.stderr.write(f"fxprune: terminated{args.again}\n")
+        return 143
     except KeyboardInterrupt:
         sys.stderr.write(f"fxprune: interrupted{args.again}\n")
         return 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: what a command has begun is cleared away as by Ctrl-C."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(error: Exception, code: int) -> int:

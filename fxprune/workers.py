@@ -287,7 +287,16 @@ def _built(path: str, digest: str) -> Fitness:
 def _begin(threads: int) -> None:
     """In a new worker. Ctrl-C is for the process that waits for it; it ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A killed process ends its workers no more; each would wait for work, and hold the model."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

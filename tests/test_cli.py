@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +212,21 @@ def test_exit_codes(
         == code
     )
     assert ("--resume goes on" in capfd.readouterr().err) == (code == 130)
+
+
+def test_sigterm_clears_away_what_was_begun(
+    net: str, out: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(export, "export_onnx", killed)
+    assert prune(net, out) == 143
+    assert "fxprune: terminated; the same command with --resume" in capfd.readouterr().err
+    assert [p.suffix for p in out.parent.iterdir() if p.name != "__pycache__"] == [".py"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,9 @@ def test_the_bar_is_shown_on_stderr_only_when_asked(capfd: Any) -> None:
         )
         out, err = capfd.readouterr()
         assert out == "" and (("local search (macs 40%)" in err) == progress)
+    both = Budget(macs=0.4, params=0.9)
+    allocate.get("local")(problem(fake, 0.4, fitness=rough(fake, 3), progress=True, budget=both))
+    assert "local search (macs 40%, +1)" in capfd.readouterr().err
 
 
 def test_groups_with_one_choice_stay_as_they_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -177,6 +178,24 @@ def test_an_interrupt_is_left_to_the_main_process() -> None:
         assert pool is not None
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) == before
+
+
+LONELY = """
+import os, signal
+from fxprune.workers import local_workers
+if __name__ == "__main__":
+    with local_workers(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "lonely.py").write_text(LONELY)
+    command = [sys.executable, str(tmp_path / "lonely.py")]
+    # the worker has the other end of the pipe too: the call returns when both are gone
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == -signal.SIGKILL and int(done.stdout) > 0
 
 
 def test_the_form_that_repairs_the_probe_better_is_the_one_of_the_search() -> None:

@@ -197,7 +197,9 @@ def key(state: IntArray) -> tuple[int, ...]:
 
 
 def _budget(space: Space) -> str:
-    return ", ".join(f"{m} {s:.0%}" for m, s in zip(space.measures, space.share, strict=True))
+    """The first bound; the line has 80 columns."""
+    more = f", +{len(space.measures) - 1}" if len(space.measures) > 1 else ""
+    return f"{space.measures[0]} {space.share[0]:.0%}{more}"
 
 
 def _header(space: Space, problem: AllocationProblem, name: str) -> dict[str, Any]:
