@@ -151,7 +151,8 @@ def test_a_fitness_that_is_not_finite_is_never_accepted() -> None:
     plan = allocate.get("local")(problem(fake, 0.4, fitness=sometimes))
     assert np.isfinite(plan.meta["fitness"]) and share_of(fake, plan) <= 0.4
     json.loads(plan.to_json(), parse_constant=pytest.fail)
-    never = allocate.get("local")(problem(fake, 0.4, fitness=lambda _: float("nan")))
+    with pytest.warns(UserWarning, match="gave a finite number"):
+        never = allocate.get("local")(problem(fake, 0.4, fitness=lambda _: float("nan")))
     assert never.meta["fitness"] is None and share_of(fake, never) <= 0.4
 
 

@@ -102,7 +102,7 @@ def searched(problem: AllocationProblem, name: str, strategy: Strategy) -> Prune
         best, finalists = chosen(space, memory, search.within(), firsts, search.hurry)
         state = search.state if best is None else best
     fitness = dict(memory).get(key(state), np.inf)
-    if memory.trace and not np.isfinite(fitness):
+    if memory.trace and not any(np.isfinite(v) for _, v in memory):
         warnings.warn("no evaluation of the search gave a finite number", stacklevel=2)
     meta: dict[str, Any] = {
         "allocation": name,
