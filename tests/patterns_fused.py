@@ -32,6 +32,33 @@ class TurnedPairs(nn.Module):
         return self.out(y.transpose(1, 2).reshape(n, t, -1))
 
 
+@case("qkv.weight:0 periods:0 out.weight:1", inputs=TOKENS)
+class TurnedByPeriods(nn.Module):
+    """Angles from periods that several channels of a head share; the first token is not turned.
+
+    Heads can go, and the channels of one period.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 3 * H * 2 * D), nn.Linear(H * 2 * D, 8)
+        self.register_buffer("periods", torch.rand(2) + 1)
+
+    def turned(self, x: Tensor) -> Tensor:
+        places = torch.arange(8.0, dtype=x.dtype).view(4, 2, 1)
+        angle = (places / self.periods).flatten(1).repeat(1, 2)
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        a, b = rest.chunk(2, -1)
+        rest = rest * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+        return torch.cat([first, rest], 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, H, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
 @case("qkv.weight:0 q_bias:0 v_bias:0 k_bias:0 out.weight:1", inputs=TOKENS)
 class KeysWithoutBias(nn.Module):
     """A bias put together from two parameters and zeros that are in no state dict."""

@@ -157,9 +157,26 @@ class _Solver:
         columns = odd & ~row[x] & ~row[y]
         for which in (nested, columns):
             self.unite(x[which], y[which])
-        crossing = np.concatenate([x[odd & ~nested & row[x]], y[odd & ~nested & row[y]]])
+        said = np.isin(np.stack([x, y]), self.known[ROW])
+        apart = odd & ~nested & row[x] & row[y] & (s > 1) & (said[0] != said[1])
+        self._columns_of_several(np.where(said[0], y, x)[apart], p, c)
+        odd &= ~nested & ~apart
+        crossing = np.concatenate([x[odd & row[x]], y[odd & row[y]]])
         if len(crossing):
             self.pinned_labels.append(self.cls_first()[np.unique(crossing)])
+
+    def _columns_of_several(self, columns: IntArray, p: IntArray, c: IntArray) -> None:
+        """Classes under one of ``columns`` and one row (of the ops) go together.
+
+        A column that several of a head's channels share, such as the period of a rotary embedding.
+        """
+        row = np.full(self.n, -1, dtype=np.int64)
+        said = np.isin(p, self.known[ROW])
+        row[c[said]] = p[said]
+        mine = np.isin(p, columns) & (row[c] >= 0)
+        key, child = p[mine] * self.n + row[c[mine]], c[mine]
+        _, first, which = np.unique(key, return_index=True, return_inverse=True)
+        self.unite(child[first][which], child)
 
     def _whole_dims(self) -> None:
         """A label that is all of a dim stays, and what is finer does not vary along that dim.
