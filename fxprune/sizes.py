@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from fxprune.coupling.run import Traits
+from fxprune.coupling.verify import first_columns
 from fxprune.errors import InternalError
 from fxprune.traced import Traced
 from fxprune.types import BoolArray, IntArray
@@ -27,7 +28,7 @@ class Sizes:
         self.coupling = traced.coupling
         self.mask = self.coupling.governing.mask(keep)
         self.outline = self.coupling.governing.mask(
-            [_first(k, g.rows) for k, g in zip(keep, traced.groups, strict=True)],
+            [first_columns(k, g.rows) for k, g in zip(keep, traced.groups, strict=True)],
         )
         self.touched = ~(self.mask & self.outline)
         self._new: dict[str, Any] = {}
@@ -140,15 +141,6 @@ class Sizes:
             return torch.empty(t.shape, dtype=t.dtype, device="meta")
 
         return tree_map_only(Traits, empty, self.new(node))
-
-
-def _first(keep: BoolArray, rows: int) -> BoolArray:
-    """As many kept columns in each row, the first ones; plain groups stay as they are."""
-    if rows == 1:
-        return keep
-    block = keep.reshape(rows, -1)
-    first: BoolArray = np.arange(block.shape[1]) < block.sum(1, keepdims=True)
-    return first.ravel()
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -77,9 +77,16 @@ class Claims:
     def __bool__(self) -> bool:
         return bool(self.rects or self.uniforms or self.meets or len(self.pairs))
 
-    def violated(self, mask: BoolArray) -> list[IntArray]:
-        """The classes of every claim that does not hold under ``mask``."""
-        bad = [block for block in self.rects if not _rectangular(mask[block])]
+    def violated(self, mask: BoolArray, outline: BoolArray) -> list[IntArray]:
+        """The classes of every claim that does not hold under ``mask``.
+
+        ``outline``: the same with the first columns of each row, of which sizes are read off.
+        """
+        bad = [
+            block
+            for block in self.rects
+            if not (_rectangular(mask[block]) and _same_rows(outline[block]))
+        ]
         bad += [block for block in self.uniforms if not _same_rows(mask[block])]
         bad += [block for block in self.meets if not _aligned(mask[block])]
         p, c = self.pairs.T
@@ -87,6 +94,15 @@ class Claims:
         np.logical_or.at(some, p, mask[c])
         wrong = (mask[c] & ~mask[p]) | (mask[p] & ~some[p])
         return [*bad, *self.pairs[wrong]]
+
+
+def first_columns(keep: BoolArray, rows: int) -> BoolArray:
+    """As many kept columns in each row, the first ones; plain groups stay as they are."""
+    if rows == 1:
+        return keep
+    block = keep.reshape(rows, -1)
+    first: BoolArray = np.arange(block.shape[1]) < block.sum(1, keepdims=True)
+    return first.ravel()
 
 
 def _rectangular(kept: BoolArray) -> bool:
@@ -128,8 +144,9 @@ def checked(
     for _ in range(_ROUNDS):
         worst: set[int] = set()
         for _ in range(_PLANS):
-            mask = governing.mask([_random_keep(g, rng) for g in result])
-            for classes in claims.violated(mask):
+            keep = [_random_keep(g, rng) for g in result]
+            first = [first_columns(k, g.rows) for k, g in zip(keep, result, strict=True)]
+            for classes in claims.violated(governing.mask(keep), governing.mask(first)):
                 worst |= governing.groups_of(np.unique(classes))
         worst = {g for g in worst if result[g].locked is None}
         if not worst:
