@@ -96,7 +96,7 @@ def _against(rows: dict[str, Row]) -> str:
     first = next(r["fxprune"] for r in rows.values() if "device" in r["fxprune"])
     counts = [t["runs"] for r in rows.values() for t in r.values() if t.get("runs", 0) > 2]
     head = AGAINST.format(
-        runs=f"{min(counts)} to {max(counts)}",
+        runs=" to ".join(str(n) for n in sorted({min(counts), max(counts)})),
         device=first["device"],
         threads=first["threads"],
         version=version("torch-pruning"),
