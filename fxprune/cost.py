@@ -8,6 +8,8 @@ node and a value is freed after the last node that reads it. While a node runs, 
 every earlier value that it or a later node reads, and its own output are held; the peak is the
 largest such sum. Views and in-place results allocate nothing and keep alive what they look at.
 Weights do not count (see ``bytes``), nor does what a kernel allocates and frees inside one node.
+Where one channel or head is left, a reshape that copied may have become a view: it is an upper
+bound then.
 """
 
 from __future__ import annotations

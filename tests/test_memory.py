@@ -123,8 +123,9 @@ def test_odd_nets(name: str) -> None:
     traced = trace(CASES[name].build().double(), CASES[name].example())
     for seed in (1, 2):
         plan = random_plan(traced, seed)
-        peak = measured_peak(cut(traced, plan), traced.example_inputs)
-        assert traced.cost(plan).memory == peak
+        peak, told = measured_peak(cut(traced, plan), traced.example_inputs), traced.cost(plan)
+        single = any(len(k) == 1 for k in plan.kept.values())  # a copy may become a view
+        assert told.memory == peak or (single and told.memory > peak)
 
 
 def test_closed_form() -> None:

@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_sent_is_named() -> None:
 
 
 def test_what_cannot_be_asked_for() -> None:
-    with pytest.raises(SpecError, match="workers=-1"):
+    with pytest.raises(SpecError, match="workers must be a whole number from 0, got -1"):
         pruned(workers=-1)
     with ThreadPoolExecutor(1) as pool, pytest.raises(SpecError, match="or an executor"):
         pruned(workers=2, executor=pool)
