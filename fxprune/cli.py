@@ -221,13 +221,7 @@ def _prune_parser(commands: Any) -> None:
         "--latency or --target, else 8",
     )
     _target_arguments(prune)
-    prune.add_argument(
-        "--calibration-samples",
-        type=whole(1),
-        default=256,
-        metavar="N",
-        help="default: %(default)s",
-    )
+    cli_search.add_calibration_argument(prune)
     cli_search.add_search_arguments(prune)
     cli_show.add_onnx_arguments(prune)
     prune.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -42,6 +42,16 @@ def add_search_arguments(command: Any) -> None:
     add_workers_argument(command)
 
 
+def add_calibration_argument(command: Any) -> None:
+    command.add_argument(
+        "--calibration-samples",
+        type=whole(1),
+        default=256,
+        metavar="N",
+        help="default: %(default)s",
+    )
+
+
 def add_workers_argument(command: Any) -> None:
     command.add_argument(
         "--workers",
@@ -107,13 +117,7 @@ def add_sensitivity_arguments(command: Any) -> None:
         "--repair", default="lstsq", choices=("lstsq", "bn", "none"), help="default: %(default)s"
     )
     command.add_argument("--round-to", type=whole(1), default=1, metavar="N", help="step of widths")
-    command.add_argument(
-        "--calibration-samples",
-        type=whole(1),
-        default=256,
-        metavar="N",
-        help="default: %(default)s",
-    )
+    add_calibration_argument(command)
     command.add_argument("--plot", metavar="FILE", help="draw the curves (.svg, .png or .pdf)")
     command.add_argument("--csv", metavar="FILE", help="write the figures")
     add_workers_argument(command)

@@ -16,7 +16,6 @@ which attempt was taken, and why the earlier ones were not.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,20 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import ExportError, ModelError, OutputError, SpecError
-from fxprune.inputs import Inputs, Positional
+from fxprune.errors import ExportError, OutputError, SpecError
+from fxprune.export_job import Job, as_numpy, by_position, one_line, prepare
 from fxprune.isolate import exact_arithmetic, quiet_exporters, rng_kept
 from fxprune.products import check_module, evaluating
-from fxprune.trees import plain
 
 OPSETS = range(18, 24)
 """Opsets that can be asked for: 18 is the oldest that the torch.export based exporter writes."""
 
 _TORCHSCRIPT_OPSETS = range(18, 21)
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 """Largest relative error that is accepted: of float32 and above, and of 16 bits."""
 _EMBED_LIMIT = 2_000_000_000
@@ -83,22 +80,6 @@ class ExportReport:
         """Plain values, for result.json."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {**body, "path": self.path.name, "max_error": self.max_error}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One export: what every attempt needs. ``sizes`` maps a batch size to its flat inputs."""
-
-    model: nn.Module
-    inputs: tuple[Any, ...]
-    opset: int | None
-    tolerance: float
-    names_in: tuple[str, ...]
-    names_out: tuple[str, ...]
-    batch: int
-    batched: tuple[bool, ...]
-    samples: Mapping[int, tuple[Any, ...]]
-    expected: Mapping[int, tuple[NDArray[Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -150,9 +131,9 @@ def export_onnx(
     check_opset(opset)
     if tolerance is None:
         tolerance = TOLERANCE if _precision(model) > 16 else HALF_TOLERANCE
-    model, inputs, names = _by_position(model, example_inputs)
+    model, inputs, names = by_position(model, example_inputs)
     with evaluating(model), rng_kept(), exact_arithmetic(), quiet_exporters():
-        job, notes = _prepare(model, inputs, names, opset, tolerance, dynamic_batch)
+        job, notes = prepare(model, inputs, names, opset, tolerance, dynamic_batch)
         attempts = [_Attempt(e, d) for d in (True, False) for e in ("torch.export", "torchscript")]
         for attempt in attempts:
             if attempt.dynamic and len(job.samples) == 1:
@@ -167,7 +148,7 @@ def export_onnx(
                     notes.append(f"{attempt}: {e}")
                     continue
                 except Exception as e:  # noqa: BLE001  exporters raise anything; kept as a note
-                    notes.append(f"{attempt}: {_one_line(e)}")
+                    notes.append(f"{attempt}: {one_line(e)}")
                     continue
                 size = _move(draft, target)
             return _report(job, attempt, result, target, size, notes)
@@ -195,7 +176,7 @@ def _precision(model: nn.Module) -> int:
 
 
 def _report(
-    job: _Job, attempt: _Attempt, result: _Result, target: Path, size: int, notes: Sequence[str]
+    job: Job, attempt: _Attempt, result: _Result, target: Path, size: int, notes: Sequence[str]
 ) -> ExportReport:
     sizes = tuple(sorted(result.errors))
     return ExportReport(
@@ -213,144 +194,10 @@ def _report(
     )
 
 
-class _Plain(nn.Module):
-    """A model whose outputs hold what exporters do not know (dataclasses, flags): its tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    def forward(self, *args: Any) -> Any:
-        return _named_outputs(plain(self.model(*args)))
-
-
-# --- what is compared -----------------------------------------------------------------------
-
-
-def _by_position(
-    model: nn.Module, example_inputs: Any
-) -> tuple[nn.Module, tuple[Any, ...], tuple[str, ...] | None]:
-    """(model of positional tensors, its inputs, their names in the file or None)."""
-    given = Inputs.of(example_inputs)
-    fixed = any(not isinstance(v, Tensor) and not pytree.tree_leaves(v) for v in given.values)
-    fixed |= any(isinstance(v, (bool, int, float, str)) for v in given.values)
-    if given.names is None and not fixed:
-        return model, given.values, None
-    made = Positional(model, given)
-    single = all(isinstance(v, Tensor) for v in made.given().values)
-    return made, made.given().values, made.given().names if single else None
-
-
-def _prepare(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    names: tuple[str, ...] | None,
-    opset: int | None,
-    tolerance: float,
-    dynamic: bool,
-) -> tuple[_Job, list[str]]:
-    """Inputs and the model's own outputs at every batch size to compare, and what went wrong."""
-    leaves = pytree.tree_leaves(inputs)
-    if not leaves or not all(isinstance(x, Tensor) for x in leaves):
-        kinds = ", ".join(type(x).__name__ for x in leaves) or "nothing"
-        raise ModelError(f"expected tensors as example inputs, got {kinds}")
-    batch = next((int(x.shape[0]) for x in leaves if x.dim()), 0)
-    batched = tuple(x.dim() > 0 and int(x.shape[0]) == batch for x in leaves)
-    notes: list[str] = []
-    sizes = [batch]
-    if not dynamic:
-        notes.append("a fixed batch was asked for")
-    elif batch == 0:
-        notes.append("the example inputs have no batch dim")
-    else:
-        sizes = sorted({1, 2, 3, batch} if batch < 3 else {1, 3, batch})
-    samples: dict[int, tuple[Any, ...]] = {}
-    expected: dict[int, tuple[NDArray[Any], ...]] = {}
-    names_out: tuple[str, ...] = ()
-    for n in sorted(sizes, key=lambda n: n != batch):
-        given = _at_batch(inputs, batched, n)
-        try:
-            output = model(*given)
-        except Exception as e:
-            if n == batch:
-                raise ModelError(
-                    f"the model does not run on the example inputs: {_one_line(e)}"
-                ) from e
-            notes.append(f"fixed batch, since the model itself fails at batch {n}: {_one_line(e)}")
-            samples, expected = {batch: samples[batch]}, {batch: expected[batch]}
-            break
-        leaves_out = pytree.tree_leaves(plain(output))
-        other = any(not isinstance(leaf, (Tensor, type(None))) for leaf in leaves_out)
-        if n == batch and (other or plain(output) is not output):
-            model = _Plain(model)
-        named = _named_outputs(plain(output))
-        samples[n], expected[n] = given, tuple(_numpy(t) for t in named.values())
-        names_out = tuple(named)
-    notes += _check_outputs(names_out, expected[batch])
-    numbered = ("input",) if len(leaves) == 1 else tuple(f"input_{i}" for i in range(len(leaves)))
-    names_in = names or numbered
-    job = _Job(
-        model, inputs, opset, tolerance, names_in, names_out, batch, batched, samples, expected
-    )
-    return job, notes
-
-
-def _check_outputs(names: Sequence[str], arrays: Sequence[NDArray[Any]]) -> list[str]:
-    """ModelError for outputs that are not finite; a note for those that are always zero."""
-    notes = []
-    if not arrays:
-        raise ModelError("the model returns no tensor, so there is nothing to export")
-    for name, a in zip(names, arrays, strict=True):
-        if not np.isfinite(a).all():
-            raise ModelError(f"output {name!r} of the model holds NaN or Inf on the example inputs")
-        if a.size and not a.any():
-            notes.append(f"output {name!r} is zero everywhere, so its comparison proves nothing")
-    return notes
-
-
-def _at_batch(inputs: tuple[Any, ...], batched: Sequence[bool], n: int) -> tuple[Any, ...]:
-    """Inputs of batch size n: the example's samples in turn, each a little different."""
-    leaves, spec = pytree.tree_flatten(inputs)
-    generator = torch.Generator().manual_seed(n)
-    made = []
-    for x, is_batched in zip(leaves, batched, strict=True):
-        y = x.detach()
-        if is_batched:
-            y = y[torch.arange(n, device=y.device) % y.shape[0]]
-        if y.is_floating_point():
-            noise = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)
-            # An input of a single value (zeros, ones) would hide most errors.
-            flat = x.numel() == 0 or bool((x == x.flatten()[0]).all())
-            y = y + noise if flat else y * (1 + 0.1 * noise)
-        made.append(y.contiguous())
-    return tuple(pytree.tree_unflatten(made, spec))
-
-
-def _named_outputs(output: Any) -> dict[str, Tensor]:
-    """Tensors of a nested output in order; a dict's are named by their keys."""
-    if isinstance(output, Tensor):
-        return {"output": output}
-    pairs, _ = pytree.tree_flatten_with_path(output)
-    named: dict[str, Tensor] = {}
-    for path, leaf in pairs:
-        if isinstance(leaf, Tensor):
-            keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
-            text = "_".join(keys)
-            name = f"output_{text}" if not text or text[0].isdigit() else text
-            named[name if name not in named else f"{name}_{len(named)}"] = leaf
-    return named
-
-
-def _numpy(t: Tensor) -> NDArray[Any]:
-    t = t.detach().cpu()
-    return np.asarray((t.float() if t.dtype is torch.bfloat16 else t).numpy())
-
-
 # --- one attempt ----------------------------------------------------------------------------
 
 
-def _try(job: _Job, attempt: _Attempt, draft: Path) -> _Result:
+def _try(job: Job, attempt: _Attempt, draft: Path) -> _Result:
     """Export to ``draft`` and compare it. Raises _Mismatch, or whatever the exporter raises."""
     if attempt.exporter == "torch.export":
         _torch_export(job, attempt.dynamic, draft)
@@ -369,7 +216,7 @@ def _try(job: _Job, attempt: _Attempt, draft: Path) -> _Result:
     return _Result({n: _compare(job, n, session, names) for n in sizes}, opset)
 
 
-def _torch_export(job: _Job, dynamic: bool, draft: Path) -> None:
+def _torch_export(job: Job, dynamic: bool, draft: Path) -> None:
     # Sizes 0 and 1 are taken as constants by torch.export, so a dynamic batch is traced at 2 or 3.
     n = min(k for k in job.samples if k > 1) if dynamic else job.batch
     args = job.samples[n]
@@ -406,7 +253,7 @@ def _name_batch_dim(program: Any, position: int) -> None:
         rename({symbol: "batch"})
 
 
-def _torchscript(job: _Job, dynamic: bool, draft: Path) -> None:
+def _torchscript(job: Job, dynamic: bool, draft: Path) -> None:
     if job.opset is not None and job.opset not in _TORCHSCRIPT_OPSETS:
         raise RuntimeError(f"this exporter ends at opset {_TORCHSCRIPT_OPSETS[-1]}")
     pairs = [
@@ -437,16 +284,16 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _compare(job: _Job, n: int, session: Any, names: Sequence[str]) -> float:
+def _compare(job: Job, n: int, session: Any, names: Sequence[str]) -> float:
     """Relative error at batch size n; raises _Mismatch above the tolerance."""
     leaves = pytree.tree_leaves(job.samples[n])
     if len(names) != len(leaves):
         raise RuntimeError(f"the file has {len(names)} inputs where the model has {len(leaves)}")
-    feed = {name: _numpy(x) for name, x in zip(names, leaves, strict=True)}
+    feed = {name: as_numpy(x) for name, x in zip(names, leaves, strict=True)}
     try:
         outputs = session.run(None, feed)
     except Exception as e:
-        raise RuntimeError(f"onnxruntime fails at batch {n}: {_one_line(e)}") from e
+        raise RuntimeError(f"onnxruntime fails at batch {n}: {one_line(e)}") from e
     expected = job.expected[n]
     if len(outputs) != len(expected):
         raise RuntimeError(f"{len(outputs)} outputs in onnxruntime, {len(expected)} in torch")
@@ -497,9 +344,3 @@ def _move(draft: Path, target: Path) -> int:
         size += part.stat().st_size
         os.replace(part, target.parent / part.name)
     return size
-
-
-def _one_line(e: BaseException, limit: int = 300) -> str:
-    text = " ".join(_COLOURS.sub("", str(e)).split()) or "no message"
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return f"{type(e).__name__}: {text}"

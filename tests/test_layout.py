@@ -56,7 +56,7 @@ ORDER = [
         "mending",
         "allocate",
     ),
-    *("export", "latency", "checkpoint"),
+    *("export_job", "export", "latency", "checkpoint"),
     # what the outside gives, and the one place that knows all of them
     *(
         "batches",
