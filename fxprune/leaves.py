@@ -65,6 +65,7 @@ def _convolution(m: nn.modules.conv._ConvNd, kept: BoolArray | None) -> None:
     m.groups = kept_runs(kept, m.groups)
     m.in_channels = a if m.transposed else b * m.groups
     m.out_channels = b * m.groups if m.transposed else a
+    m.kernel_size = tuple(m.weight.shape[2:])
 
 
 @register(nn.Linear)

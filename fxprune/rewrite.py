@@ -364,6 +364,27 @@ def _convolution(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
         set_argument(new, 6, "groups", r.scaled(groups, kept))  # samples may be groups
 
 
+@register("unfold")
+def _unfold(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
+    """F.unfold(x, kernel_size), x.unfold(dim, size, step): windows as large as a dim follow it."""
+    r.keep_numbers(old, new)
+    source = r.sizes.coupling.values[source_of(old)]
+    ends = source.shape, r.sizes.shape(source)
+    at, name = (2, "size") if old.op == "call_method" else (1, "kernel_size")
+    if old.op == "call_method":
+        dims, sizes = [argument(old, 1, "dimension")], [argument(old, at, name)]
+    else:
+        kernel = argument(old, at, name)
+        dims, sizes = [-2, -1], list(kernel) if isinstance(kernel, (list, tuple)) else [kernel] * 2
+    before, after = ([end[number(r, d)] for d in dims] for end in ends)
+    if before != after:
+        made = [
+            r.scaled(k, n) if b != n else r.original(k) if isinstance(k, fx.Node) else k
+            for k, b, n in zip(sizes, before, after, strict=True)
+        ]
+        set_argument(new, at, name, made[0] if len(made) == 1 else tuple(made))
+
+
 @register("scaled_dot_product_attention")
 def _attention(r: Rewriter, old: fx.Node, new: fx.Node) -> None:
     """Without a scale the call takes it from the head dim: the original one is made explicit."""

@@ -13,6 +13,7 @@ import patterns_order  # noqa: F401 - registers its cases
 import patterns_recurrent  # noqa: F401 - registers its cases
 import patterns_rules  # noqa: F401 - registers its cases
 import patterns_shared  # noqa: F401 - registers its cases
+import patterns_spans  # noqa: F401 - registers its cases
 import patterns_sums  # noqa: F401 - registers its cases
 import pytest
 import torch

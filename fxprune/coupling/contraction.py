@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,18 +167,24 @@ def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, ou
     x, w, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     if labels.opaque and groups > 1:
         labels.lock_all([x, w], "grouped convolution inside an opaque module")
+    spanned = _spanned(labels, args)
     for f in labels.of(w):
-        if varying(f) - {0, 1}:
+        if varying(f) - {0, 1} and not any(varying(f) == {d} for d in spanned):
             labels.lock(f, "kernel position")
-    inputs, kept = _conv_input(labels, x, _pointwise(args))
-    if inputs is not None and not (labels.vanishes(w) or labels.vanishes(x)):
-        labels.lock(inputs, ADDED)
-    w0, w1 = (_flat(labels, w, d) for d in (0, 1))
+    inputs, kept = _conv_input(labels, x, _pointwise(args), frozenset(spanned))
+    summed = [*spanned.values(), *([] if inputs is None else [inputs])]
+    if not (labels.vanishes(w) or labels.vanishes(x)):
+        for f in summed:
+            labels.lock(f, ADDED)
+    w0, w1, *taps = (_flat(labels, w, d) for d in range(w.dim()))
+    for d, f in spanned.items():
+        _meet_flat(labels, f, taps[d - 2], _FIXED)
     outputs = (_transposed if transposed else _forward)(labels, inputs, w0, w1, w, groups)
-    sides = [(w.shape[d], None if f is None else f[:, None]) for d, f in ((0, w0), (1, w1))]
+    own = [w0, w1, *(spanned.get(d + 2) for d in range(len(taps)))]
+    sides = [(w.shape[d], None if f is None else f[:, None]) for d, f in enumerate(own)]
     at = x.shape if transposed else out.shape
     sides += [(s, dim_labels(kept, d)) for d, s in enumerate(at) if d != 1]
-    record(labels, int(np.prod(w.shape[2:])), sides)
+    record(labels, 1, sides)
     fields = list(kept)
     if outputs is not None:
         fields.append(outputs.reshape([-1 if d == 1 else 1 for d in range(out.dim())]))
@@ -198,22 +204,44 @@ def _flat(labels: Labels, t: Tensor, dim: int) -> IntArray | None:
     return None
 
 
+def _steps(args: Sequence[Any], *at: int) -> Iterator[tuple[int, ...]]:
+    """(kernel size, numbers of the arguments ``at``) of each spatial dim of a convolution."""
+    n = args[1].dim() - 2
+    steps = [args[i] * n if len(args[i]) == 1 else args[i] for i in at]
+    return zip(args[1].shape[2:], *steps, strict=True)
+
+
 def _pointwise(args: Sequence[Any]) -> frozenset[int]:
     """The dims along which a convolution takes each position for itself, and the batch."""
-    w, (stride, padding, more) = args[1], (args[3], args[4], args[7])
-    steps = [v * (w.dim() - 2) if len(v) == 1 else v for v in (stride, padding, more)]
-    plain = [(n, *step) == (1, 1, 0, 0) for n, *step in zip(w.shape[2:], *steps, strict=True)]
+    plain = [step == (1, 1, 0, 0) for step in _steps(args, 3, 4, 7)]
     return frozenset([0, *(d + 2 for d, one in enumerate(plain) if one)])
 
 
+def _spanned(labels: Labels, args: Sequence[Any]) -> dict[int, IntArray]:
+    """Dims of which a convolution takes all positions at once, as it does of channels: labels.
+
+    A kernel over words [N, 1, L, E] is as wide as their embedding, and moves along L alone.
+    """
+    x, transposed = args[0], args[6]
+    found: dict[int, IntArray] = {}
+    for d, (size, padding, dilation) in enumerate(_steps(args, 4, 5), 2):
+        whole = not transposed and (size, padding, dilation) == (x.shape[d], 0, 1)
+        fields = [f for f in labels.of(x) if varying(f) == {d}]
+        if whole and len(fields) == 1:
+            found[d] = fields[0].ravel()
+    return found
+
+
 def _conv_input(
-    labels: Labels, x: Tensor, pointwise: frozenset[int]
+    labels: Labels, x: Tensor, pointwise: frozenset[int], spanned: frozenset[int]
 ) -> tuple[IntArray | None, Fields]:
     """([C] channel labels or None, fields along dims that are not mixed)."""
     channel: IntArray | None = None
     kept: Fields = []
     mixed = frozenset(range(x.dim())) - pointwise
     for f in labels.of(x):
+        if len(varying(f)) == 1 and varying(f) <= spanned:
+            continue
         if 1 in varying(f):
             others = varying(f) - {1}
             channel = (labels.merge(f, others) if others else f).ravel()

@@ -138,7 +138,7 @@ class _Builder:
             arrays[by_row] = np.where(mine, group[at], -1), np.where(mine, channel[at], -1)
         self.governing = arrays
         params = self._param_classes()
-        consumers = self._consumers(params)
+        consumers = self._consumers(drafts, params)
         groups = self._groups(drafts, params, consumers)
         cls = self.s.cls[: self.run.facts.count]
         contractions = tuple(
@@ -218,11 +218,21 @@ class _Builder:
             if any_free
         }
 
-    def _consumers(self, params: dict[tuple[str, int], IntArray]) -> tuple[Consumer, ...]:
+    def _free(self, drafts: list[_Draft], classes: IntArray) -> bool:
+        """Whether any of these classes [K], -1 where fixed, may go."""
+        found = [group[classes[classes >= 0]] for group, _ in self.governing.values()]
+        return any(drafts[g].locked is None for g in np.unique(np.concatenate(found)) if g >= 0)
+
+    def _consumers(
+        self, drafts: list[_Draft], params: dict[tuple[str, int], IntArray]
+    ) -> tuple[Consumer, ...]:
         nodes = {n.name: n for n in self.gm.graph.nodes}
         consumers = []
         for r in self.run.facts.products:
             shape = self.run.parameters[r.weight].shape
+            taps = [params.get((r.weight, d)) for d in range(2, len(shape))]
+            if any(c is not None and self._free(drafts, c) for c in taps):
+                continue  # channels in its kernel: it has no taps that read all inputs
             size = shape[r.in_dim] * (1 if r.transposed else r.groups)
             classes = np.full(size, -1) if r.inputs is None else self.s.cls[r.inputs]
             if r.inputs is None and r.groups == 1:

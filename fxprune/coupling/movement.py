@@ -402,36 +402,6 @@ def _embedding_bag(
     labels.put(out[0], [f for f in fields if f is not None])
 
 
-@register("aten.pixel_shuffle")
-def _pixel_shuffle(
-    labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor
-) -> None:
-    dim = out.dim() - 3
-    fields = []
-    for f in labels.of(args[0]):
-        if varying(f) != {dim}:
-            labels.lock(f, "pixel shuffle over more than the channel dim")
-            continue
-        block = f.reshape(out.shape[dim], -1)
-        shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
-        fields.append(labels.merge(block, [1]).reshape(shape))
-    labels.put(out, fields)
-
-
-@register("aten.col2im")
-def _fan_in(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    """[N, C * taps, L] -> [N, C, H, W]"""
-    dim = out.dim() - 3
-    fields = []
-    for f in labels.of(args[0]):
-        if varying(f) != {dim}:
-            labels.lock(f, "folded over more than the channel dim")
-            continue
-        shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
-        fields.append(labels.merge(f.reshape(out.shape[dim], -1), [1]).reshape(shape))
-    labels.put(out, fields)
-
-
 @register("aten.rot90")
 def _rot90(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
     k = args[1] if len(args) > 1 else 1
@@ -449,42 +419,3 @@ def _diagonal(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: 
     dims = tuple(d % x.dim() for d in at)
     mixed = [labels.mix(f, dims, "a diagonal of the channels") for f in labels.of(x)]
     labels.put(out, [np.squeeze(f, dims)[..., None] for f in mixed if f is not None])
-
-
-@register("aten.pixel_unshuffle", "aten.im2col")
-def _fan_out(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    x = args[0]
-    dim = x.dim() - 3
-    fields = []
-    for f in labels.of(x):
-        if varying(f) != {dim}:
-            labels.lock(f, "unfolded over more than the channel dim")
-            continue
-        times = out.shape[dim] // x.shape[dim]
-        shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
-        fields.append(np.repeat(f.ravel(), times).reshape(shape))
-    labels.put(out, fields)
-
-
-@register("aten.unfold")
-def _unfold(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    dim = args[1] % args[0].dim()
-    fields = [labels.mix(f, [dim], "unfolded along the channels") for f in labels.of(args[0])]
-    labels.put(out, [f[..., None] for f in fields if f is not None])
-
-
-@register("aten.native_channel_shuffle", "aten.channel_shuffle")
-def _channel_shuffle(
-    labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor
-) -> None:
-    groups = args[1]
-    fields = []
-    for f in labels.of(args[0]):
-        if varying(f) != {1}:
-            labels.lock(f, "channel shuffle over more than the channel dim")
-            continue
-        block = f.reshape(groups, -1)
-        labels.rect(block, 1)
-        labels.rect(block, 0)
-        fields.append(block.T.reshape(f.shape))
-    labels.put(out, fields)

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune import parametrized, trees
 from fxprune.capture import Captured, state_kept
-from fxprune.coupling import contraction, forms, mixing, movement, routing  # noqa: F401 - rules
+from fxprune.coupling import (  # noqa: F401 - rules
+    contraction,
+    forms,
+    mixing,
+    movement,
+    patches,
+    routing,
+)
 from fxprune.coupling.branches import all_ways, same_form
 from fxprune.coupling.labels import Facts, Labels, ProductRecord, varying
 from fxprune.coupling.recurrent import recurrent
