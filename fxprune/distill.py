@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.errors import ModelError, SpecError
+from fxprune.formats import turned, turns
 from fxprune.imitate import Point, Target, points, spread, tapped
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
@@ -167,15 +168,25 @@ def distill(
     inputs = some(batches, 1 << 62)
     with rng_kept(seed), evaluating(traced.graph_module), evaluating(module):
         run = _Run(traced, plan, module, o, inputs)
+        last = turns(traced.graph_module, inputs) and turns(module, inputs)
         with _learning(run.parameters), bar(progress) as shown:
-            return run.run(lambda: iter(_Samples(inputs, o, seed)), measure, shown)
+            return run.run(lambda: iter(_Samples(inputs, o, seed, last)), measure, shown)
 
 
 class _Samples:
-    """Batches without end: every sample once in a seeded order, then again in another."""
+    """Batches without end: every sample once in a seeded order, then again in another.
 
-    def __init__(self, batches: Sequence[tuple[Any, ...]], o: Distillation, seed: int) -> None:
-        self.batches, self.mix = batches, o.mix
+    ``last``: with the channels of a pixel next to each other.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[tuple[Any, ...]],
+        o: Distillation,
+        seed: int,
+        last: bool = False,
+    ) -> None:
+        self.batches, self.mix, self.last = batches, o.mix, last
         self.generator = torch.Generator().manual_seed(seed)
         self.whole = not all(divisible(b) for b in batches)  # a list holds the samples
         self.where = [
@@ -192,11 +203,12 @@ class _Samples:
                 queue += torch.randperm(len(self.where), generator=self.generator).tolist()
             taken, queue = [self.where[i] for i in queue[: self.size]], queue[self.size :]
             if self.whole:
-                yield self.batches[taken[0][0]]
+                batch = self.batches[taken[0][0]]
             else:
                 wholes = [self.batches[b] for b, _ in taken]
                 parts = [part_of(self.batches[b], slice(i, i + 1)) for b, i in taken]
-                yield self._mixed(_joined(wholes, parts))
+                batch = self._mixed(_joined(wholes, parts))
+            yield turned(batch) if self.last else batch
 
     def _mixed(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """Each sample and another one of the batch, in shares of its own."""

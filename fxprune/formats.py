@@ -26,23 +26,34 @@ _TOLERANCE = 1e-3  # relative to the largest output of the kind: rounding and no
 def channels_last(
     module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]
 ) -> list[tuple[Any, ...]]:
-    """``inputs`` in that format where ``module`` gives the same on them, else as they are.
+    """``inputs`` in that format where ``module`` gives the same on them, else as they are."""
+    return [turned(i) for i in inputs] if turns(module, inputs) else list(inputs)
+
+
+def turns(module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether ``module`` gives the same on :func:`turned` inputs, and there is something to turn.
 
     A model may refuse them (``view`` of what does not lie in one piece) or read the memory itself.
     """
-    turned = [tree_map_only(Tensor, _turned, i) for i in inputs]
-    if not inputs or all(
-        a is b for a, b in zip(tensors(inputs[0]), tensors(turned[0]), strict=True)
-    ):
-        return list(inputs)
-    plain, last = (some([i[0]], _SAMPLES)[0] for i in (inputs, turned))
+    if not inputs:
+        return False
+    plain = some([inputs[0]], _SAMPLES)[0]
+    last = turned(plain)
+    if all(a is b for a, b in zip(tensors(plain), tensors(last), strict=True)):
+        return False
     with rng_kept(), exact_arithmetic(), evaluating(module):
         wanted = tensors(module.forward(*plain))
         try:
             found = tensors(module.forward(*last))
         except RuntimeError:  # the model's own: it does not run in this format
-            return list(inputs)
-    return turned if _alike(wanted, found) else list(inputs)
+            return False
+    return _alike(wanted, found)
+
+
+def turned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values, images in that format; the same objects where nothing is to be turned."""
+    found: tuple[Any, ...] = tree_map_only(Tensor, _turned, inputs)
+    return found
 
 
 def _turned(t: Tensor) -> Tensor:
@@ -61,5 +72,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
-    level = _TOLERANCE * float(a.abs().amax()) if a.numel() else 0.0
+    level = _TOLERANCE * float(a.nan_to_num(0.0, 0.0, 0.0).abs().amax()) if a.numel() else 0.0
     return torch.allclose(a, b, rtol=_TOLERANCE, atol=level, equal_nan=True)

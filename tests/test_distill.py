@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -288,6 +290,43 @@ def test_part_of_a_way_that_went_too_far() -> None:
         if t.is_floating_point():  # batch normalisation counts its batches
             torch.testing.assert_close(t, (before[k] + states[1][k]) / 2)
     assert report.to_dict()["share"] == 0.5
+
+
+def later_is_better() -> Callable[[fx.GraphModule], float]:
+    """A measure that keeps the last state."""
+    values = itertools.chain(range(0, -3, -1), itertools.repeat(0))
+    return lambda _: next(values)
+
+
+class Viewed(Net):
+    """Refuses images whose channels lie next to each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), 27, 9).view_as(x))
+
+
+@pytest.mark.parametrize(("kind", "last"), [(Net, True), (Viewed, False)])
+def test_images_are_learnt_in_the_faster_format(
+    kind: type[nn.Module], last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Distillation(steps=4, lr=0.01, checks=2)
+    traced, plan, plain, data = setting(kind)
+    with monkeypatch.context() as patched:
+        patched.setattr("fxprune.distill.turns", lambda *_: False)
+        distill(traced, plan, plain, data, later_is_better(), options)
+    module = cut(traced, plan)
+    seen: list[bool] = []
+
+    def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+
+    module.get_submodule("stem").register_forward_pre_hook(look)
+    distill(traced, plan, module, data, later_is_better(), options)
+    assert seen == [last] * 4
+    assert not torch.equal(module.get_submodule("stem").weight, cut(traced, plan).stem.weight)
+    for k, t in module.state_dict().items():  # the same up to rounding
+        torch.testing.assert_close(t, plain.state_dict()[k], rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_ends_it() -> None:
