@@ -7,6 +7,7 @@ other failure; 130 interrupted; 143 terminated. Figures go to stdout, progress a
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import threading
@@ -27,7 +28,8 @@ _DEMO_OUT = "runs/demo"
 
 _SPECS = """\
 model specs:  torchvision:NAME | timm:NAME | FILE.py:FACTORY | package.module:FACTORY
-data specs:   digits | fashion-mnist[:DIR] | imagefolder:DIR | random
+data specs:   digits | fashion-mnist[:DIR] | imagefolder:DIR | random | FILE.py:FACTORY, which
+              returns a DataLoader or a list of batches
 weights:      a safetensors file, a torch file with tensors only, or "default" for the model
               library's own (may download)
 """
@@ -150,9 +152,9 @@ def _target_arguments(command: Any, default: str | None = None) -> None:
     command.add_argument(
         "--threads",
         type=whole(1),
-        default=1,
+        default=None if default is None else 1,
         metavar="N",
-        help="of the target; default: %(default)s",
+        help="of the target; default: 1",
     )
 
 
@@ -165,6 +167,7 @@ def _inspect_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _model_arguments(inspect)
+    inspect.add_argument("--json", action="store_true", help="for programs: one object on stdout")
     inspect.set_defaults(command=_inspect)
 
 
@@ -197,8 +200,14 @@ def _prune_parser(commands: Any) -> None:
     prune.add_argument("--data", default="random", metavar="SPEC", help="default: %(default)s")
     prune.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     prune.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    prune.add_argument("--criterion", default="attention", help="default: %(default)s")
-    prune.add_argument("--allocation", default="local", help="default: %(default)s")
+    cli_search.add_criterion_argument(prune)
+    prune.add_argument(
+        "--allocation", default="local", help="a name, or FILE.py:NAME; default: %(default)s"
+    )
+    prune.add_argument(
+        "--evaluate", metavar="FILE.py:NAME",
+        help="a function of the model, higher is better, that guides the search",
+    )  # fmt: skip
     prune.add_argument(
         "--repair", default="lstsq", help="lstsq, distill, bn or none; default: %(default)s"
     )
@@ -274,6 +283,9 @@ def _inspect(args: argparse.Namespace) -> None:
     model, inputs = load_model(args.model, args.weights, args.input, args.seed)
     with working("trace", True):
         traced = trace(model, inputs).excluding(args.exclude)
+    if args.json:
+        sys.stdout.write(f"{json.dumps(cli_show.inspected(args.model, traced), indent=1)}\n")
+        return
     console = cli_show.console()
     console.print(cli_show.groups_table(args.model, traced))
     for line in (*cli_show.locked_lines(traced), cli_show.cost_line(traced)):
@@ -298,7 +310,7 @@ def _prune(args: argparse.Namespace) -> None:
     from time import perf_counter
 
     from fxprune import checkpoint
-    from fxprune.data import check_spec, load_data
+    from fxprune.data import check_spec, first_batch, load_data
     from fxprune.export import check_opset
     from fxprune.latency import latency_text
     from fxprune.models import load_model
@@ -325,7 +337,8 @@ def _prune(args: argparse.Namespace) -> None:
         report = cli_show.export(args, result.model, inputs, folder)
         reports.append(report)
         write_report(
-            result, folder / "report.html", title=f"{args.model}, pruned", inputs=_sample(data),
+            result, folder / "report.html", title=f"{args.model}, pruned",
+            inputs=first_batch(data, inputs),
             figures=[Figure("ONNX file", None, report.bytes, "bytes")] if report else [],
         )  # fmt: skip
         cli_search.keep_journal(options["journal"], folder)
@@ -342,11 +355,6 @@ def _prune(args: argparse.Namespace) -> None:
         told = latency_text(result.report["latency"])
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     cli_show.tell(console, reports[0], out, f"calibrated on {result.report['calibration']}")
-
-
-def _sample(data: Any) -> Any:
-    """The first batch's inputs, of which the report shows maps; None for random inputs."""
-    return None if data is None else next(iter(data))[:1]
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -370,6 +378,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``prune``; InputError for what argparse lets pass."""
+    from fxprune import usercode
     from fxprune.allocate import bounds
     from fxprune.distill import Distillation
     from fxprune.types import Budget
@@ -381,17 +390,20 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     bounds(Budget(**budget))
     if args.repair != "distill" and (args.distill_steps or args.distill_samples):
         raise InputError("--distill-steps and --distill-samples belong to --repair distill")
+    if args.threads is not None and not (args.target or args.latency):
+        raise InputError("--threads are those of the target; give --target or --latency too")
     distillation = Distillation(steps=args.distill_steps, samples=args.distill_samples)
     return {
         "budget": Budget(**budget),
-        "criterion": args.criterion,
-        "allocation": args.allocation,
+        "criterion": cli_values.named(args.criterion, "criterion"),
+        "allocation": cli_values.named(args.allocation, "allocation"),
+        "evaluate": args.evaluate and usercode.found(args.evaluate, "function"),
         "repair": {"none": None, "distill": distillation}.get(args.repair, args.repair),
         "steps": args.steps,
         "exclude": tuple(args.exclude),
         "round_to": args.round_to,
         "target": args.target,
-        "threads": args.threads,
+        "threads": args.threads or 1,
         "seed": args.seed,
         "progress": not args.quiet,
         "calibration_samples": args.calibration_samples,

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli_values import check_file, seconds, whole
+from fxprune.cli_values import check_file, named, seconds, whole
 from fxprune.errors import OutputError
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def add_calibration_argument(command: Any) -> None:
         default=256,
         metavar="N",
         help="default: %(default)s",
+    )
+
+
+def add_criterion_argument(command: Any) -> None:
+    command.add_argument(
+        "--criterion", default="attention", help="a name, or FILE.py:NAME; default: %(default)s"
     )
 
 
@@ -112,7 +118,7 @@ def drop_journal(args: argparse.Namespace, path: Path) -> None:
 
 def add_sensitivity_arguments(command: Any) -> None:
     command.add_argument("--data", default="random", metavar="SPEC", help="default: %(default)s")
-    command.add_argument("--criterion", default="attention", help="default: %(default)s")
+    add_criterion_argument(command)
     command.add_argument(
         "--repair", default="lstsq", choices=("lstsq", "bn", "none"), help="default: %(default)s"
     )
@@ -146,7 +152,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         # Said below the table.
         warnings.filterwarnings("ignore", "no calibration data", UserWarning)
         curves = sensitivity(
-            model, inputs, data, criterion=args.criterion,
+            model, inputs, data, criterion=named(args.criterion, "criterion"),
             repair=None if args.repair == "none" else args.repair, exclude=tuple(args.exclude),
             round_to=args.round_to, seed=args.seed, progress=not args.quiet,
             calibration_samples=args.calibration_samples, workers=args.workers,

@@ -118,9 +118,43 @@ def tell(console: Console, report: ExportReport | None, out: Path, first: str) -
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def shares(traced: Traced) -> tuple[list[float], list[float]]:
+    """For each group, what of the parameters and of the multiply-adds would go with all of it."""
+    import numpy as np
+
+    full = traced.costs.full_counts()
+    without = np.where(np.eye(len(full), dtype=bool), 0, full)
+    left, whole = traced.costs.evaluate(np.vstack([without, full])), traced.cost()
+    n = len(full)
+    params = 1 - left.params[:n] / (whole.params or 1)
+    return params.tolist(), (1 - left.macs[:n] / (whole.macs or 1)).tolist()
+
+
+def inspected(title: str, traced: Traced) -> dict[str, Any]:
+    """``fxprune inspect --json``."""
+    from dataclasses import asdict
+
+    return {
+        "model": title,
+        "cost": asdict(traced.cost()),
+        "groups": [
+            {
+                "name": g.name,
+                "channels": g.n,
+                "rows": g.rows,
+                "locked": g.locked,
+                "share": {"params": params, "macs": macs},
+                "members": [{"tensor": m.param, "dim": m.dim} for m in g.members],
+                "overlaps": list(g.overlaps),
+            }
+            for g, params, macs in zip(traced.groups, *shares(traced), strict=True)
+        ],
+        "kept whole": dict(traced.captured.opaque),
+    }
+
+
 def groups_table(title: str, traced: Traced) -> Table:
     """One row for each group that can be pruned; what of the whole model would go with it."""
-    import numpy as np
     from rich.markup import escape
     from rich.table import Table
 
@@ -128,15 +162,11 @@ def groups_table(title: str, traced: Traced) -> Table:
     table.add_column("group", overflow="fold")
     for head in ("channels", "tensors", "params", "MACs"):
         table.add_column(head, justify="right", no_wrap=True)
-    full = traced.costs.full_counts()
-    without = np.where(np.eye(len(full), dtype=bool), 0, full)
-    left, whole = traced.costs.evaluate(np.vstack([without, full])), traced.cost()
-    for i, g in enumerate(traced.groups):
+    for g, *gone in zip(traced.groups, *shares(traced), strict=True):
         if g.locked is None:
             channels = str(g.n) if g.rows == 1 else f"{g.rows} x {g.width}"
-            shares = 1 - left.params[i] / (whole.params or 1), 1 - left.macs[i] / (whole.macs or 1)
             tensors = len({m.param for m in g.members})
-            table.add_row(escape(g.name), channels, str(tensors), *(f"{s:.1%}" for s in shares))
+            table.add_row(escape(g.name), channels, str(tensors), *(f"{s:.1%}" for s in gone))
     return table
 
 

@@ -39,7 +39,12 @@ OPTIONS = ("model", "weights", "input", "seed")  # that result.json of a folder 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of ``fxprune finetune``."""
     command.add_argument("source", metavar="SOURCE", help="a folder of fxprune prune, or a model")
-    command.add_argument("--data", required=True, metavar="SPEC", help="labelled training data")
+    command.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="labelled training data: a data spec, see below",
+    )
     command.add_argument("--test", metavar="SPEC", help="default: the test part of --data, if any")
     command.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
@@ -205,7 +210,7 @@ def _report(
     folder: Path,
 ) -> None:
     """report.html, where the original is known."""
-    from fxprune.data import load_data
+    from fxprune.data import first_batch, load_data
     from fxprune.pipeline import PruneResult
     from fxprune.report import Figure, write_report
     from fxprune.traced import trace
@@ -223,25 +228,28 @@ def _report(
         names = (("original", "Accuracy, to the original"), ("before", "Accuracy, by tuning"))
         figures += [Figure(n, accuracy[k], accuracy["after"], "share", "more") for k, n in names]
     told = result.to_dict()["epochs"]
-    batch = next(iter(load_data(args.data, source.inputs) or ()), None)
     write_report(
         pruned, folder / "report.html", title=f"{args.source}, fine-tuned", figures=figures,
-        inputs=batch[:1] if batch else None,
+        inputs=first_batch(load_data(args.data, source.inputs), source.inputs),
         notes=[f"Epoch {e['epoch']}: loss {e['loss']:.4f}" for e in told],
     )  # fmt: skip
 
 
 def _tests(args: argparse.Namespace, source: Source) -> Iterable[Any]:
     """Labelled batches that were not trained on, if there are any."""
-    from fxprune.data import load_data
+    from fxprune.data import from_factory, load_data
 
-    if args.test is None and args.data.startswith("imagefolder"):
+    one_part = args.data.startswith("imagefolder") or from_factory(args.data)
+    if args.test is None and one_part:
         return ()
     return load_data(args.test or args.data, source.inputs, train=False) or ()
 
 
 def _accuracy(source: Source, result: TuneResult, tests: Iterable[Any]) -> dict[str, float]:
-    """Top-1 on the test part: of the original, before and after; empty where there is none."""
+    """Top-1 on the test part: of the original, before and after.
+
+    Empty where there is none, or where it is not images (or the like) with one class each.
+    """
     import torch
 
     from fxprune.products import evaluating
@@ -249,7 +257,10 @@ def _accuracy(source: Source, result: TuneResult, tests: Iterable[Any]) -> dict[
     models = {"original": source.original, "before": source.model, "after": result.model}
     right = dict.fromkeys((k for k, m in models.items() if m is not None), 0)
     total = 0
-    for x, y in tests:
+    for batch in tests:
+        if not _classified(batch):
+            return {}
+        x, y = batch
         total += len(y)
         for name, model in models.items():
             if model is not None:
@@ -259,3 +270,15 @@ def _accuracy(source: Source, result: TuneResult, tests: Iterable[Any]) -> dict[
                     return {}
                 right[name] += int((output.argmax(1) == y).sum())
     return {name: count / total for name, count in right.items() if total}
+
+
+def _classified(batch: Any) -> bool:
+    """Whether it is one input and a class for each sample: [N, ...] and whole numbers [N]."""
+    import torch
+
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return False
+    x, y = batch
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        return False
+    return y.ndim == 1 and not y.is_floating_point() and len(x) == len(y)

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fxprune.errors import SEEDS, OutputError, SpecError
 
@@ -68,6 +68,13 @@ def rounding(text: str) -> int | str:
         raise argparse.ArgumentTypeError(
             f'expected a whole number from 1, or "auto", got {text!r}'
         ) from None
+
+
+def named(text: str, kind: str) -> Any:
+    """A name of the library's as it is; what FILE.py:NAME or package.module:NAME holds."""
+    from fxprune import usercode
+
+    return usercode.found(text, kind) if ":" in text else text
 
 
 def check_file(name: str | None) -> None:

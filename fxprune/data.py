@@ -8,6 +8,8 @@
                             downloaded by torchvision
     imagefolder:DIR         DIR/CLASS/IMAGE files
     random                  nothing: random inputs
+    FILE.py:FACTORY         what a function without required arguments gives: a DataLoader, a list
+                            of batches; or package.module:FACTORY
 
 Legend for shapes: N samples of a batch, C channels, H x W pixels.
 """
@@ -32,12 +34,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from fxprune import usercode
 from fxprune.batches import Batch, check_batch, random_batches, select
 from fxprune.errors import DataError, FxpruneError, SpecError, unknown, whole
 from fxprune.inputs import Inputs, divisible, part_of, samples_of
 from fxprune.isolate import rng_kept
 
 SPECS = ("digits", "fashion-mnist", "imagefolder", "random")
+_FORMS = f"expected {', '.join(SPECS)}, or your own batches: {usercode.FORMS}"
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,11 @@ def _untouched(data: Any, seed: int) -> Iterator[None]:
             generator.set_state(state)
 
 
+def first_batch(data: Iterable[Any] | None, example_inputs: Any) -> Batch | None:
+    """Some inputs, to look at; None without data."""
+    return None if data is None else calibration_batches(data, example_inputs, limit=64).batches[0]
+
+
 # --- data specs -------------------------------------------------------------------------------
 
 
@@ -182,17 +191,21 @@ def load_data(
     batch_size: int = 64,
     seed: int = 0,
     shuffle: bool = False,
-) -> Iterable[tuple[Tensor, Tensor]] | None:
+) -> Iterable[Any] | None:
     """Batches (inputs [N, C, H, W], labels [N]) in the example input's shape, normalised.
 
     Samples are in a seeded random order; with ``shuffle`` in another one each time, which torch's
     global generator says. ``train`` picks the part of ``digits`` (a fixed split, 4
-    to 1) and ``fashion-mnist``; an image folder has one part. None for the spec "random".
-    Raises SpecError (an unknown spec) or DataError (files missing or damaged, a shape that no
-    image fits).
+    to 1) and ``fashion-mnist``; an image folder has one part. None for the spec "random". A
+    factory's batches are as it gives them: any inputs, in its order and batch size.
+    Raises SpecError (an unknown spec), DataError (files missing or damaged, a shape that no
+    image fits, nothing that can be iterated) or ModelError (the factory's own error).
     """
     check_spec(spec)
     name, _, folder = spec.partition(":")
+    if name not in SPECS:
+        with rng_kept(seed):
+            return _batches(spec, usercode.made(spec, "gives batches", _FORMS))
     if name == "random":
         return None
     example = Inputs.of(example_inputs).values[0]
@@ -209,12 +222,27 @@ def load_data(
 def check_spec(spec: str) -> None:
     """SpecError unless ``spec`` has the form of a data spec; reads nothing."""
     name, colon, folder = spec.partition(":")
-    if name not in SPECS:
-        raise unknown("data spec", name, SPECS)
+    if name not in SPECS and not colon:
+        raise SpecError(f"{unknown('data spec', name, SPECS)} Your own batches: {usercode.FORMS}")
     if name in ("digits", "random") and colon:
         raise SpecError(f"data spec {spec!r}: {name} takes no folder")
     if name == "imagefolder" and not folder:
         raise SpecError("data spec imagefolder needs a folder: imagefolder:DIR")
+
+
+def from_factory(spec: str) -> bool:
+    """Whether a spec names code of the user's."""
+    return ":" in spec and spec.partition(":")[0] not in SPECS
+
+
+def _batches(spec: str, given: Any) -> Iterable[Any]:
+    """What a factory gave, if it can be iterated again and again."""
+    if isinstance(given, (str, Iterator)) or not isinstance(given, Iterable):
+        raise DataError(
+            f"{spec} returned {type(given).__name__}; expected batches that can be iterated more "
+            "than once, such as a DataLoader or a list"
+        )
+    return given
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,18 @@ A factory returns a model, or (model, example inputs); a mapping holds keyword i
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxprune import usercode
 from fxprune.checkpoint import check_finite, load_state, read_state
-from fxprune.errors import FxpruneError, ModelError, SpecError, unknown
+from fxprune.errors import ModelError, SpecError, unknown
 from fxprune.inputs import Inputs
 from fxprune.isolate import rng_kept
 
@@ -107,8 +101,8 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, 
     with warnings.catch_warnings():
         # GoogLeNet and Inception announce a future change of their initial weights.
         warnings.simplefilter("ignore", FutureWarning)
-        model = _call(f"torchvision:{name}", lambda: builder(**options))
-    transforms = _call(f"torchvision:{name}", weights.transforms)
+        model = usercode.call(f"torchvision:{name}", lambda: builder(**options))
+    transforms = usercode.call(f"torchvision:{name}", weights.transforms)
     size = getattr(transforms, "crop_size", None) or [224]
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
     return model, (torch.randn(1, 3, int(height), int(width)),)
@@ -123,7 +117,7 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, ...] | 
         ) from e
     if name.split(".")[0] not in timm.list_models():
         raise unknown("timm model", name, timm.list_models())
-    model = _call(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+    model = usercode.call(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
     config = getattr(model, "pretrained_cfg", None) or {}
     return model, (torch.randn(1, *config.get("input_size", (3, 224, 224))),)
 
@@ -132,19 +126,7 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[Tensor, ...] | 
 
 
 def _from_factory(spec: str) -> tuple[nn.Module, Any]:
-    place, _, name = spec.rpartition(":")
-    folder = Path(place).absolute().parent if place.endswith(".py") else Path.cwd()
-    with _importable(folder):
-        module = _load_file(place, spec) if place.endswith(".py") else _load_module(place, spec)
-        factory = getattr(module, name, None)
-        if factory is None:
-            raise unknown(f"factory in {place}", name, _factories(module))
-        if not callable(factory):
-            raise SpecError(
-                f"{spec}: {name} is a {type(factory).__name__}, not a function or class"
-            )
-        _check_arguments(spec, factory)
-        made = _call(spec, factory)
+    made = usercode.made(spec, "builds the model", _FORMS)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -157,77 +139,3 @@ def _from_factory(spec: str) -> tuple[nn.Module, Any]:
 def _as_given(inputs: Any) -> Any:
     """A mapping of keyword inputs as it is; positional inputs as a tuple."""
     return inputs if isinstance(inputs, Mapping) else Inputs.of(inputs).values
-
-
-def _load_file(place: str, spec: str) -> ModuleType:
-    path = Path(place).absolute()
-    if not path.is_file():
-        raise SpecError(f"{spec}: file {place} does not exist")
-    # Registered, so that dataclasses and type hints in the file resolve.
-    name = f"_fxprune_spec_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise SpecError(f"{spec}: {place} is not a Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    _call(spec, lambda: found.loader.exec_module(module))  # type: ignore[union-attr]
-    return module
-
-
-def _load_module(place: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as e:
-        if e.name is None or not f"{place}.".startswith(f"{e.name}."):
-            raise ModelError(f"{spec}: importing {place} failed: {e}") from e
-        raise SpecError(f"{spec}: there is no module or model library {place!r}; {_FORMS}") from e
-    except Exception as e:
-        raise ModelError(f"{spec}: importing {place} failed: {type(e).__name__}: {e}") from e
-
-
-def _factories(module: ModuleType) -> list[str]:
-    """Public names in the module that can be called."""
-    return [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-
-
-def _check_arguments(spec: str, factory: Callable[..., Any]) -> None:
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # built in code has no signature; calling it will tell
-        return
-    required = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if required:
-        raise SpecError(
-            f"{spec} needs arguments ({', '.join(required)}); give a function without required "
-            "arguments that builds the model"
-        )
-
-
-def _call(spec: str, factory: Callable[[], Any]) -> Any:
-    """Run someone else's code; ModelError that says what it raised and where."""
-    try:
-        return factory()
-    except FxpruneError:
-        raise
-    except Exception as e:
-        frame = e.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        where = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame else ""
-        raise ModelError(f"{spec} failed: {type(e).__name__}: {e}{where}") from e
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Imports find modules in ``folder`` first, as they do for a script that lies there."""
-    entry = os.fspath(folder)
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        if entry in sys.path:
-            sys.path.remove(entry)

@@ -59,6 +59,7 @@ ORDER = [
     *("export_job", "export", "latency", "checkpoint"),
     # what the outside gives, and the one place that knows all of them
     *(
+        "usercode",
         "batches",
         "data",
         "models",

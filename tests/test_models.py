@@ -90,7 +90,7 @@ def test_factories(file: str) -> None:
     ("spec", "error", "text"),
     [
         ("torchvision:resnet81", SpecError, "did you mean 'resnet18'"),
-        ("torchvison:resnet18", SpecError, "no module or model library 'torchvison'"),
+        ("torchvison:resnet18", SpecError, "no module 'torchvison'; expected torchvision:NAME"),
         ("resnet18", SpecError, "expected torchvision:NAME"),
         (":x", SpecError, "expected torchvision:NAME"),
         ("none.py:make", SpecError, "file none.py does not exist"),
