@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fxprune.tune import TuneResult, Tuning, finetune
     from fxprune.types import Budget, ChannelGroup, Cost, PrunePlan
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = [
     "Budget", "ChannelGroup", "Cost", "Distillation", "ExportReport", "Figure", "FxpruneError",
     "PrunePlan", "PruneResult", "Sensitivity", "Traced", "TuneResult", "Tuning", "__version__",

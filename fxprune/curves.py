@@ -144,9 +144,11 @@ def sensitivity(
     with rng_kept(), uncompiled():
         with working("trace", progress):
             traced = trace(model, example_inputs).excluding(exclude)
-        found = calibration_batches(
-            data, traced.captured.given, limit=calibration_samples, batch_size=32, seed=seed
-        )
+        given = traced.captured.given
+        with working("read calibration data", progress):
+            found = calibration_batches(
+                data, given, limit=calibration_samples, batch_size=32, seed=seed
+            )
         if found.random:
             warnings.warn("no calibration data: random inputs are used; give data=", stacklevel=2)
         batches = list(found.batches)

@@ -159,7 +159,8 @@ def _calibration(data: Any, traced: Traced, samples: int, o: _Options) -> Calibr
     limit = samples if data is not None else min(samples, RANDOM_SAMPLES)
     more = max(0, o.mending.samples - limit)
     given = traced.captured.given
-    calibration = calibration_batches(data, given, limit=limit, seed=o.seed, more=more)
+    with working("read calibration data", o.progress):
+        calibration = calibration_batches(data, given, limit=limit, seed=o.seed, more=more)
     if calibration.random:
         warnings.warn(
             "no calibration data: random inputs are used; give data= for a ranking and a "
