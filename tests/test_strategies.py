@@ -159,6 +159,24 @@ def test_the_best_of_a_first_comparison_of_many_take_part_in_the_last() -> None:
     assert [t["semifinal"] for t in plan.meta["finalists"]] == [2 - loss(p) for p in last]
 
 
+@pytest.mark.parametrize(("shift", "rough_ones"), [(1e-9, 2), (1e-3, 9)])
+def test_a_first_comparison_that_tells_nothing_new_ends_soon(shift: float, rough_ones: int) -> None:
+    fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
+    loss = rough(fake, 1)
+    first: list[PrunePlan] = []
+    last: list[PrunePlan] = []
+    made = replace(
+        problem(fake, 0.4, fitness=loss, max_evaluations=40),
+        semifinals=lambda p: first.append(p) or loss(p) * (1 + shift),
+        finals=lambda p: last.append(p) or loss(p),
+    )
+    plan = allocate.get("local")(made)
+    assert len(first) == rough_ones and len(last) == 3
+    assert [t["final"] for t in plan.meta["finalists"]] == sorted(map(loss, last))
+    assert plan.meta["fitness"] == min(t["fitness"] for t in plan.meta["trace"] if t["accepted"])
+    assert all(("semifinal" in t) == (rough_ones > 2) for t in plan.meta["finalists"])
+
+
 def test_what_is_far_behind_takes_no_part_unless_fitness_has_no_zero() -> None:
     fake = chain(np.random.default_rng(1), [64, 96, 48, 80])
     loss = rough(fake, 1)

@@ -3,13 +3,15 @@
 The fitness inside a search is cheap and orders states that are nearly equal badly (measured on
 twenty states of a VGG: rank correlation 0.7 with the final divergence; the final repair on 64
 samples: 0.9). So many states take part in a first comparison on few samples, and the best of it in
-one on all.
+one on all. Where a first comparison repeats what the search has found of its first states (few
+samples add nothing to the repair that the search used), the others are not compared.
 
 Legend for shapes: F free groups.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ from fxprune.types import FloatArray, IntArray
 
 SEMIFINALISTS = 8  # states in the first comparison, besides the best start
 FINALISTS = 3  # states in the last one; where it is the only one the best start comes with them
+PROBED = 2  # states of a first comparison after which it may end
+SAME = 1e-6  # relative difference of fitness that is rounding
 FAR = 1.5  # times the best fitness: what is worse does not take part
 NEARLY = 0.02  # relative to the best final fitness: what a faster state may be behind
 
@@ -66,10 +70,14 @@ def chosen(
             found.append(Candidate(faster, "faster", fitness))
     compared: list[Candidate] = []
     for name in rounds:
-        after = _compared(memory, name, compared[:FINALISTS] or found)
+        last = name == rounds[-1]
+        after = _compared(memory, name, compared[:FINALISTS] or found, last)
+        if after is None:
+            found = [c for i, c in enumerate(found) if i < FINALISTS or c.stage == "faster"]
+            continue
         if not after:
             break
-        compared = sorted(after, key=lambda c: c.values[-1]) if name != rounds[-1] else after
+        compared = after if last else sorted(after, key=lambda c: c.values[-1])
     if not compared:
         return None, []
     found = compared
@@ -95,14 +103,29 @@ def _first(
     return [Candidate(s, memory.stage(s), v) for s, v in near]
 
 
-def _compared(memory: Memory, name: str, found: list[Candidate]) -> list[Candidate]:
-    """Those of which the comparison gave something finite, with it."""
-    values = memory.compare(name, [c.state for c in found])
+def _compared(
+    memory: Memory, name: str, found: list[Candidate], last: bool
+) -> list[Candidate] | None:
+    """Those of which the comparison gave something finite, with it.
+
+    None where it is not the last one and gives no more than the search knows.
+    """
+    states = [c.state for c in found]
+    values = memory.compare(name, states[: len(states) if last else PROBED])
+    if not last and all(map(_repeats, found, values)):
+        return None
+    if len(values) < len(states):
+        values += memory.compare(name, states[len(values) :])
     return [
         Candidate(c.state, c.stage, c.fitness, (*c.values, v))
         for c, v in zip(found, values, strict=True)
         if np.isfinite(v)
     ]
+
+
+def _repeats(candidate: Candidate, value: float) -> bool:
+    fitness = candidate.fitness
+    return fitness is not None and math.isclose(fitness, value, rel_tol=SAME)
 
 
 def _winner(space: Space, hurry: bool, states: list[IntArray], values: FloatArray) -> int:
