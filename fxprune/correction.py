@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.moments import MAX_POSITIONS, chosen_positions
+from fxprune.moments import MAX_POSITIONS, Layout, chosen_positions, taken
 from fxprune.products import Product
 from fxprune.regression import Cannot, Folds
 from fxprune.repair import RIDGE
@@ -48,12 +48,26 @@ class Step:
     shift: Tensor
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Both models in front of the same node, and what is known there.
+
+    probe   the pruned model with few samples, which tell how far it is affine
+    folds   of each input of ``original``: 1 chooses the ridge
+    inputs  moments of the pruned model's inputs, at the positions that are looked at
+    """
+
+    original: Side
+    pruned: Side
+    probe: Side
+    folds: Sequence[int]
+    inputs: Folds
+
+
 def correction(
     consumer: Consumer,
-    original: Side,
-    pruned: Side,
+    sides: Sides,
     rows: BoolArray,
-    folds: Sequence[int],
     ridge: float | None,
     centred: bool,
     refit: bool,
@@ -61,47 +75,58 @@ def correction(
     """What to add to the weight and mean of ``consumer``, at the reached node; None: nothing.
 
     rows     [O of the original] outputs that are kept
-    folds    of each input of ``original``: 1 chooses the ridge
     centred  whether there is a place for a mean part
     Raises Cannot where its error cannot be seen or fitted.
     """
     if consumer.transposed:
         raise Cannot("patches of a transposed convolution")
-    chain, slope = _affine(consumer, pruned)
-    kept = torch.from_numpy(np.flatnonzero(rows))
-    sums = Folds()
-    taps: list[int] = []
-    for i, fold in enumerate(folds):
-        product, y = pruned.outcome(consumer, i)
-        _, whole = original.outcome(consumer, i)
-        channel = 1 if consumer.kind == "conv" else y.ndim - 1
-        z, target = pruned.follow(y, chain, i), original.follow(whole, chain, i)
-        if target.ndim != z.ndim or len(rows) != target.shape[channel]:
-            raise Cannot("its output has another shape in the original")
-        error = target.index_select(channel, kept.to(target.device)) - z
-        if error.shape != y.shape:
-            raise Cannot("its output has another shape in the original")
-        taps = _taps(product)
-        error = error.movedim(channel, -1) / slope
-        for e, u in _patches(product, error, taps, original.sizes[i]):
-            sums.add(e, u, fold)
+    product, _ = sides.probe.outcome(consumer, 0)
+    taps = _taps(product)
+    sums = _sums(consumer, sides, rows, taps)
     both = sums.joint((0, 1) if refit or sums.counts[0] == 0 else (0,), centred)
-    found, mean = torch.zeros_like(both.across), centred
+    mean = centred
     if ridge is None and min(sums.counts) > 0:
         choice = sums.chosen(centred, None)
-        ridge, mean = choice.ridge, choice.mean
+        mean = choice.mean
+        if choice.ridge is None and not mean:
+            return None
+        found = choice.found
+        if refit and choice.ridge is not None:
+            found = both.fit(choice.ridge, None)
     else:
-        ridge = RIDGE if ridge is None else ridge
-    if ridge is not None:
-        found = both.fit(ridge, None)
-    elif not mean:
-        return None
+        found = both.fit(RIDGE if ridge is None else ridge, None)
     if not bool(found.isfinite().all()):
         raise Cannot("the moments of its input are not finite")
     weight = torch.zeros(*found.shape[:2], *_sizes(product), dtype=torch.float64)
-    weight[..., taps] = found.unflatten(2, (-1, len(taps)))
+    weight[..., taps] = found.unflatten(2, (len(taps), -1)).transpose(2, 3)
     shift = both.left(found).flatten()
     return Step(weight, shift if mean else torch.zeros_like(shift))
+
+
+def _sums(consumer: Consumer, sides: Sides, rows: BoolArray, taps: Sequence[int]) -> Folds:
+    """Moments of the error of the outputs ``rows`` and of the patches in front of them."""
+    chain, slope = _affine(consumer, sides.probe)
+    kept = torch.from_numpy(np.flatnonzero(rows)).to(slope.device)
+    sums: Folds | None = None
+    for i, fold in enumerate(sides.folds):
+        samples = sides.original.sizes[i]
+        product, z = sides.pruned.outcome(consumer, i, chain)
+        _, target = sides.original.outcome(consumer, i, chain)
+        shape = [*z.shape]
+        shape[1 if consumer.kind == "conv" else -1] = len(rows)
+        if [*target.shape] != shape:
+            raise Cannot("its output has another shape in the original")
+        ours, theirs = (_maps(consumer.kind, t, samples) for t in (z, target))
+        at = _looked_at(product, ours.shape[1], samples)
+        error = (taken(theirs, at).index_select(2, kept) - taken(ours, at)) / slope
+        if sums is None:
+            alike = _pointwise(product) and Layout.of(consumer).taps == 1
+            sums = Folds(sides.inputs if alike else None)
+        for e, u in _patches(product, error, z.shape[2:], at, taps, samples):
+            sums.add(e, u, fold)
+    if sums is None:
+        raise Cannot("no sample reaches it")
+    return sums
 
 
 def _sizes(product: Product) -> tuple[int, int]:
@@ -165,47 +190,74 @@ def _slope(
     return mean.flatten() if bool(far <= TOLERANCE * mean.abs().amax()) else None
 
 
-def _patches(
-    product: Product, error: Tensor, taps: Sequence[int], samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (e [S, g, o], u [S, g, k * taps]) at the looked-at positions, some samples at a time.
+def _maps(kind: str, value: Tensor, samples: int) -> Tensor:
+    """[N, P, C] of what enters or leaves a product; N = 1 where rows are no positions of samples.
 
-    ``error``: [N, *, O] like the output.
+    ``value``: [N, C, *] of a convolution, [*, C] of a matrix product.
+    """
+    if kind == "conv":
+        return value.flatten(2).transpose(1, 2)
+    rows = value.reshape(-1, value.shape[-1])
+    return rows.reshape(samples if len(rows) % samples == 0 else 1, -1, rows.shape[1])
+
+
+def _looked_at(product: Product, positions: int, samples: int) -> Tensor | None:
+    """Of the positions of an output map those that take part; None: all."""
+    if product.kind == "linear" and len(product.x) % samples:
+        return None
+    few = product.kind == "conv" and product.w.shape[1] == 1
+    return chosen_positions(positions, FEW_POSITIONS if few else MAX_POSITIONS)
+
+
+def _patches(
+    product: Product,
+    error: Tensor,
+    outs: Sequence[int],
+    at: Tensor | None,
+    taps: Sequence[int],
+    samples: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (e [S, g, o], u [S, g, taps * k]) of some samples at a time.
+
+    ``error``: [N, P, O] at the positions ``at`` of an output map with the sizes ``outs``.
     """
     wide = torch.float64 if error.dtype == torch.float64 else torch.float32
-    x, g = product.x.to(wide), product.groups
-    if product.kind == "linear":
-        e = error.reshape(len(x), 1, -1).to(wide)
-        chosen = chosen_positions(len(x) // samples) if len(x) % samples == 0 else None
-        if chosen is not None:
-            e, x = (t.unflatten(0, (samples, -1))[:, chosen].flatten(0, 1) for t in (e, x))
-        yield e, x[:, None]
+    e, x = error.to(wide).unflatten(2, (product.groups, -1)), product.x.to(wide)
+    maps = _maps(product.kind, x, samples)
+    if _pointwise(product):
+        u = taken(maps, at).flatten(0, 1)
+        yield e.flatten(0, 1), u.unflatten(1, (product.groups, -1))
         return
-    outs = error.shape[1:-1]
-    few = product.w.shape[1] == 1
-    chosen = chosen_positions(outs.numel(), FEW_POSITIONS if few else MAX_POSITIONS)
-    at = torch.arange(outs.numel()) if chosen is None else chosen
     places, inside = _places(product, outs, at, taps)
-    flat, e = x.flatten(2), error.flatten(1, -2)[:, at.to(error.device)].to(wide)
-    places, inside = places.to(x.device), inside.to(x)
+    shares = None if bool(inside.all()) else inside.to(x).flatten()[:, None]
     step = max(1, AT_ONCE // max(1, x.shape[1] * places.numel()))
-    for part in torch.arange(len(x)).split(step):
-        u = flat[part].index_select(2, places.flatten()).unflatten(2, places.shape) * inside
-        u = u.permute(0, 2, 1, 3).flatten(0, 1)  # [S, C, taps]
-        yield (
-            e[part].flatten(0, 1).unflatten(1, (g, -1)),
-            u.unflatten(1, (g, -1)).flatten(2),
-        )
+    for some, part in zip(maps.split(step), e.split(step), strict=True):
+        u = taken(some, places.flatten())
+        u = u if shares is None else u * shares
+        u = u.unflatten(2, (product.groups, -1)).unflatten(1, places.shape).flatten(0, 1)
+        yield part.flatten(0, 1), u.transpose(1, 2).flatten(2)  # [S, taps, g, k] before
+
+
+def _pointwise(product: Product) -> bool:
+    """Whether an output reads all channels of its group at its own position, and nothing else."""
+    if product.kind == "linear":
+        return True
+    plain = set(product.stride) <= {1} and set(product.padding) <= {0}
+    return plain and product.w.shape[2:].numel() == 1 and product.w.shape[1] > 1
 
 
 def _places(
-    product: Product, outs: torch.Size, at: Tensor, taps: Sequence[int]
+    product: Product, outs: Sequence[int], at: Tensor | None, taps: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """[P, taps]: the flat input position of each tap at the output positions ``at``; in range?"""
+    """[P, taps]: the flat input position of each tap at the output positions ``at``; in range?
+
+    ``outs``: sizes of the output map.
+    """
     sizes, kernel = product.x.shape[2:], product.w.shape[2:]
-    out_at = np.unravel_index(at.numpy(), tuple(outs))
+    looked_at = np.arange(np.prod(outs)) if at is None else at.numpy()
+    out_at = np.unravel_index(looked_at, tuple(outs))
     tap_at = np.unravel_index(np.asarray(taps), tuple(kernel))
-    flat = np.zeros((len(at), len(taps)), dtype=np.int64)
+    flat = np.zeros((len(looked_at), len(taps)), dtype=np.int64)
     inside = np.ones(flat.shape, dtype=np.bool_)
     for d, size in enumerate(sizes):
         place = out_at[d][:, None] * product.stride[d] - product.padding[d]

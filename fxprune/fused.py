@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fxprune.products import Product
 from fxprune.renorm import SideBySide
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # no subclasses: they may do more
@@ -38,23 +39,32 @@ class Fused(SideBySide):
         if node in self.done:
             env[node] = env.pop(node.all_input_nodes[0])
         elif node in self.norms:
-            x = node.all_input_nodes[0]
-            env[node] = self._convolution(node)(env[x])
-            for used in self.user_to_last_uses.get(node, []):
-                del env[used]
+            self.give(node, i, self.result(node, i))
         else:
             super().step(node, i)
 
-    def enters(self, node: fx.Node, i: int) -> Tensor | None:
-        """What enters the convolution that ``node`` is; None where that takes a run to tell."""
+    def enters(self, node: fx.Node, i: int) -> Product | None:
+        """The product that ``node`` is, a fused convolution; None where it takes a run to tell."""
         if node in self.norms:
-            module: Any = self.fetch_attr(str(node.target))
+            m: Any = self.fetch_attr(str(node.target))
             x: Tensor = self.envs[i][node.all_input_nodes[0]]
-            if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                return x if x.ndim == module.weight.ndim else None
+            if m.padding_mode == "zeros" and not isinstance(m.padding, str):
+                known = Product(
+                    "conv", x, m.weight, m.bias, m.groups, False, m.stride, m.padding, m.dilation
+                )
+                return known if x.ndim == m.weight.ndim else None
         return None
 
-    def _convolution(self, node: fx.Node) -> nn.Module:
+    def result(self, node: fx.Node, i: int) -> Tensor:
+        """What the normalisation behind a fused convolution gives."""
+        value: Tensor = self.convolution(node)(self.envs[i][node.all_input_nodes[0]])
+        return value
+
+    def changed(self) -> None:
+        """The weights of the convolution at hand, or its normalisation, are others now."""
+        self.current = None
+
+    def convolution(self, node: fx.Node) -> nn.Module:
         """The fused convolution; made for the first input that passes the node."""
         if self.current is None or self.current[0] is not node:
             conv: Any = self.fetch_attr(str(node.target))

@@ -3,7 +3,8 @@
 With X the original's input, X' the pruned model's and B X' a first guess (the kept channels in
 their places, and what the one-shot form makes of the removed ones), find D that is best in
 
-    | W (X - (B + D) X') |^2 + lambda |W D|^2,    D = S_(X - B X'),X' (S_X'X' + lambda I)^-1.
+    | W (X - (B + D) X') |^2 + lambda |W D|^2,    D = S_(X - B X'),X' (S_X'X' + lambda I)^-1,
+    B - E + D = (S_(X - E X'),X' + lambda (B - E)) (S_X'X' + lambda I)^-1,    E X' the kept ones.
 
 How large lambda has to be depends on how many samples speak for how many channels, and differs from
 layer to layer by a factor of 1,000. So lambda and the guess are chosen by the error that they leave
@@ -16,9 +17,8 @@ in the original, k of them kept; f outputs, or mixtures of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import InternalError
-from fxprune.moments import CHUNK
+from fxprune.moments import CHUNK, STRIPES, mirror
 from fxprune.repair import RIDGE, Solved
 from fxprune.types import BoolArray
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # tried, as shares of the mean variance of the kept inputs
-AT_ONCE = 1 << 24  # numbers of regressions that are held at a time
+KEPT = 1 << 21  # numbers of a factor that is kept for the next regression on the same rows
 Sums: TypeAlias = list[Tensor]
 
 
@@ -44,7 +44,8 @@ class Joint:
     """Moments over ``count`` rows, float64.
 
     rest [g, v], mean [g, k]: the means of X - E X' and of X'; across [g, v, k], inside [g, k, k]:
-    their second moments, about the means or about zero.
+    their second moments, about the means or about zero; solvers: ridge -> the Cholesky factor of
+    inside + lambda I, or (False) its inverse.
     """
 
     count: int
@@ -52,102 +53,138 @@ class Joint:
     mean: Tensor
     across: Tensor
     inside: Tensor
+    solvers: dict[float, tuple[Tensor, bool]]
 
-    def about(self, guess: Tensor | None) -> Tensor:
-        """The moments of X - (E + guess) X' with X' [g, v, k]."""
-        return self.across if guess is None else self.across - guess @ self.inside
-
-    def fits(self, ridges: Sequence[float], guess: Tensor | None) -> Iterator[Tensor]:
-        """``guess`` + D, for some ridges at a time [n, g, v, k]."""
-        across = self.about(guess)
-        step = max(1, AT_ONCE // max(1, across.numel() + self.inside.numel()))
-        mean = self.inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        for i in range(0, len(ridges), step):
-            level = torch.tensor(ridges[i : i + step], dtype=mean.dtype)[:, None] * mean
-            inside = self.inside.repeat(len(level), 1, 1, 1)
-            inside.diagonal(dim1=2, dim2=3).add_(level[:, :, None])
-            found = _solved(inside, across)
-            yield found if guess is None else found.add_(guess)
+    def fits(self, ridge: float, guesses: Tensor) -> Tensor:
+        """Each of the ``guesses`` [q, g, v, k] + D [q, g, v, k]."""
+        drawn = self.across + self._level(ridge)[:, None, None] * guesses
+        found = self._solved(ridge, drawn.transpose(0, 1).flatten(1, 2))
+        each: Tensor = found.unflatten(1, (len(guesses), -1)).transpose(0, 1)
+        return each
 
     def fit(self, ridge: float, guess: Tensor | None) -> Tensor:
         """``guess`` + D [g, v, k]."""
-        return next(self.fits([ridge], guess))[0]
+        if guess is None:
+            return self._solved(ridge, self.across)
+        return self.fits(ridge, guess[None])[0]
+
+    def _level(self, ridge: float) -> Tensor:
+        """[g]: lambda."""
+        return ridge * self.inside.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+
+    def _solved(self, ridge: float, across: Tensor) -> Tensor:
+        """[g, v, k]: across [g, v, k] (inside + lambda I)^-1."""
+        known = self.solvers.get(ridge)
+        if known is None:
+            inside = self.inside.clone()
+            inside.diagonal(dim1=1, dim2=2).add_(self._level(ridge)[:, None])
+            factor, failed = torch.linalg.cholesky_ex(inside)
+            known = factor, not bool(failed.any())
+            if not known[1]:
+                known = torch.linalg.pinv(inside, hermitian=True), False
+            if inside.numel() <= KEPT:
+                self.solvers[ridge] = known
+        if not known[1]:
+            return across @ known[0]
+        return torch.cholesky_solve(across.transpose(1, 2), known[0]).transpose(1, 2)
 
     def seen_by(self, outputs: Tensor) -> Joint:
         """The same for ``outputs`` [g, f, v] of X - E X', in the place of its variables."""
         rest = (outputs @ self.rest[:, :, None])[:, :, 0]
-        return Joint(self.count, rest, self.mean, outputs @ self.across, self.inside)
+        return replace(self, rest=rest, across=outputs @ self.across)
 
     def left(self, found: Tensor) -> Tensor:
         """[*, g, v] means of X - (E + found) X' for some ``found`` [*, g, v, k]."""
         return self.rest - (found @ self.mean[:, :, None])[..., 0]
 
     def errors(self, found: Tensor) -> Tensor:
-        """[n]: |X - (E + found) X'|^2 less |X - E X'|^2 for some ``found`` [n, g, v, k]."""
-        return (found * (found @ self.inside - 2 * self.across)).sum((1, 2, 3))
+        """[*]: |X - (E + found) X'|^2 less |X - E X'|^2 for some ``found`` [*, g, v, k]."""
+        by_group = found.movedim(-3, 0)
+        seen = (by_group.flatten(1, -2) @ self.inside).view(by_group.shape).movedim(0, -3)
+        errors: Tensor = (found * (seen - 2 * self.across)).sum((-3, -2, -1))
+        return errors
 
 
-def _solved(inside: Tensor, across: Tensor) -> Tensor:
-    """[n, g, v, k]: across [g, v, k] inside^-1 for several ``inside`` [n, g, k, k]."""
-    factor, failed = torch.linalg.cholesky_ex(inside)
-    if not bool(failed.any()):
-        wide = across.transpose(1, 2).expand(len(inside), -1, -1, -1)
-        return torch.cholesky_solve(wide, factor).transpose(2, 3)
-    found = [
-        across @ torch.linalg.pinv(m, hermitian=True)
-        if bool(f.any())
-        else _solved(m[None], across)[0]
-        for m, f in zip(inside, failed, strict=True)
-    ]
-    return torch.stack(found)
+def _turned(t: Tensor) -> Tensor:
+    """[S, g, v] -> [g, v, S]: the rows of many small products next to each other."""
+    t = t.permute(1, 2, 0)
+    return t if len(t) == 1 else t.contiguous()
+
+
+def _inside(k: Tensor) -> Tensor:
+    """[g, k, k] products of ``k`` [g, k, S]; of one group alone the upper part, by stripes."""
+    if len(k) > 1:
+        return torch.bmm(k, k.transpose(1, 2))
+    one = k[0]
+    found = torch.zeros(len(one), len(one), dtype=k.dtype, device=k.device)
+    step = max(64, -(-len(one) // STRIPES))
+    for at in range(0, len(one), step):
+        found[at : at + step, at:] = one[at : at + step] @ one[at:].t()
+    return found[None]
 
 
 class Folds:
     """Streaming moments of rows and of what is to be fitted from them, in two folds.
 
     Products are float32 where the rows are, around a point near the mean; sums are float64.
+    ``known``: sums over the same rows, with what else was fitted from them; what only the rows
+    decide is not computed once more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Folds | None = None) -> None:
+        self.known = known
         self.shifts: tuple[Tensor, Tensor] | None = None
         self.sums: tuple[Sums, Sums] = ([], [])
         self.counts = [0, 0]
+        self.joints: dict[tuple[tuple[int, ...], bool], Joint] = {}
 
     def add(self, rest: Tensor, y: Tensor, fold: int) -> None:
         """``rest`` [S, g, v] is to be fitted from ``y`` [S, g, k]; fold 1 is held out."""
         if self.shifts is None:
-            self.shifts = rest.mean(0), y.mean(0)
+            known = None if self.known is None else self.known.shifts
+            self.shifts = rest.mean(0), y.mean(0) if known is None else known[1]
+        self.joints.clear()
         sums = self.sums[fold]
         for r, k in zip(rest.split(CHUNK), y.split(CHUNK), strict=True):
-            k = k - self.shifts[1]
-            both = torch.cat([r - self.shifts[0], k], 2)
-            if k.shape[1] == 1:
-                second = (k[:, 0].t() @ both[:, 0])[None]
-            else:
-                second = torch.einsum("sgk,sgb->gkb", k, both)
-            wide = [p.double().cpu() for p in (both.sum(0), second)]
-            sums[:] = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
+            r, k = (_turned(t - s) for t, s in zip((r, k), self.shifts, strict=True))
+            new = [r.sum(2), r @ k.transpose(1, 2)]
+            if self.known is None:
+                new += [k.sum(2), _inside(k)]
+            wide = [p.double().cpu() for p in new]
+            sums[:] = [a.add_(b) for a, b in zip(sums, wide, strict=True)] if sums else wide
         self.counts[fold] += len(rest)
 
-    def joint(self, folds: Sequence[int], centred: bool) -> Joint:
+    def joint(self, folds: tuple[int, ...], centred: bool) -> Joint:
         """The moments over all rows of some folds."""
+        if (folds, centred) not in self.joints:
+            self.joints[folds, centred] = self._joint(folds, centred)
+        return self.joints[folds, centred]
+
+    def _joint(self, folds: tuple[int, ...], centred: bool) -> Joint:
         if self.shifts is None:
             raise InternalError("a regression without a row")
         count = sum(self.counts[f] for f in folds)
         parts = [self.sums[f] for f in folds if self.counts[f]]
-        total = [torch.stack(p).sum(0) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)]
-        first, second = (s / count for s in total)
-        sizes = [t.shape[1] for t in self.shifts]
-        rest, mean = first.split(sizes, 1)
-        across, inside = second.split(sizes, 2)
-        across = across.transpose(1, 2)
-        across = across - rest[:, :, None] * mean[:, None]
-        inside = inside - mean[:, :, None] * mean[:, None]
-        rest, mean = rest + self.shifts[0].double().cpu(), mean + self.shifts[1].double().cpu()
-        if not centred:
-            across = across + rest[:, :, None] * mean[:, None]
-            inside = inside + mean[:, :, None] * mean[:, None]
-        return Joint(count, rest, mean, across, inside)
+        rest, across, *own = (sum(p[1:], p[0]) / count for p in zip(*parts, strict=True))
+        shifts = [s.double().cpu() for s in self.shifts]
+        solvers: dict[float, tuple[Tensor, bool]] = {}
+        if self.known is None:
+            offset, inside = own
+            if len(inside) == 1:
+                mirror(inside[0])
+            inside = inside - offset[:, :, None] * offset[:, None]
+            mean = offset + shifts[1]
+            inside = inside if centred else inside + mean[:, :, None] * mean[:, None]
+        else:
+            known = self.known.joint(folds, centred)
+            if known.count != count:
+                raise InternalError("moments of other rows")
+            mean, inside, solvers = known.mean, known.inside, known.solvers
+            offset = mean - shifts[1]
+        across = across - rest[:, :, None] * offset[:, None]
+        rest = rest + shifts[0]
+        across = across if centred else across + rest[:, :, None] * mean[:, None]
+        return Joint(count, rest, mean, across, inside, solvers)
 
     def chosen(
         self, centred: bool, outputs: Tensor | None, guesses: Sequence[Tensor] = ()
@@ -159,32 +196,33 @@ class Folds:
         fitted, held = self.joint((0,), centred), self.joint((1,), centred)
         if outputs is not None:
             fitted, held = fitted.seen_by(outputs), held.seen_by(outputs)
-        best = Choice(None, None, False, float("inf"))
-        for guess in (None, *guesses):
-            seen = torch.zeros_like(held.across)
-            if guess is not None:
-                seen = guess if outputs is None else outputs @ guess
-            tried: Iterator[Tensor] = chain([seen[None]], fitted.fits(RIDGES, seen))
-            ridges = iter((None, *RIDGES))
-            for found in tried:
-                left = held.left(found)
-                moved = (left - fitted.left(found)).square().sum((1, 2))
-                still = left.square().sum((1, 2))
-                errors = held.errors(found) + (torch.minimum(moved, still) if centred else 0.0)
-                mean = moved < still
-                for error, moves in zip(errors.tolist(), mean.tolist(), strict=True):
-                    ridge = next(ridges)
-                    if error < best.error:
-                        best = Choice(ridge, guess, centred and moves, error)
+        seen = [g if outputs is None else outputs @ g for g in guesses]
+        start = torch.stack([torch.zeros_like(held.across), *seen])
+        best = Choice(None, None, start[0], False, float("inf"))
+        for ridge in (None, *RIDGES):
+            found = start if ridge is None else fitted.fits(ridge, start)
+            left = held.left(found)
+            moved = (left - fitted.left(found)).square().sum((1, 2))
+            still = left.square().sum((1, 2))
+            errors = held.errors(found) + (torch.minimum(moved, still) if centred else 0.0)
+            for i, guess in enumerate((None, *guesses)):
+                if errors[i] < best.error:
+                    mean = centred and bool(moved[i] < still[i])
+                    best = Choice(ridge, guess, found[i], mean, float(errors[i]))
         return best
 
 
 @dataclass(frozen=True)
 class Choice:
-    """ridge: None: the guess as it is; guess: None: E X'; mean: whether the mean moves; error."""
+    """What leaves the least error on the held-out rows.
+
+    ridge: None: the guess as it is; guess: None: E X'; found [g, f, k]: what the outputs get on the
+    rows of the first fold; mean: whether the mean moves.
+    """
 
     ridge: float | None
     guess: Tensor | None
+    found: Tensor
     mean: bool
     error: float
 

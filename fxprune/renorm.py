@@ -8,7 +8,7 @@ the trained ones (source of plain re-estimation: EagleEye, B. Li et al., 2020).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,9 +152,11 @@ class SideBySide(fx.Interpreter):
     """Runs several inputs node by node: all of them pass a node before any enters the next.
 
     careful   whether :meth:`attempt` must reckon with nodes that write to what they read
+    harmless  names of nodes that do not, as far as that is known
     """
 
     careful = True
+    harmless: Collection[str] = ()
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
         super().__init__(module)
@@ -166,9 +168,14 @@ class SideBySide(fx.Interpreter):
     def step(self, node: fx.Node, i: int) -> None:
         """Input ``i`` passes ``node``; values that nothing else reads are freed."""
         self.env, self.args_iter = self.envs[i], self.sources[i]
-        self.env[node] = self.run_node(node)
+        self.give(node, i, self.run_node(node))
+
+    def give(self, node: fx.Node, i: int, value: Any) -> None:
+        """Input ``i`` passes ``node``, whose result is known."""
+        env = self.envs[i]
+        env[node] = value
         for used in self.user_to_last_uses.get(node, []):
-            del self.env[used]
+            del env[used]
 
     def attempt(self, node: fx.Node, i: int, values: Mapping[fx.Node, Any] | None = None) -> Any:
         """Run ``node`` on input ``i`` and give its result; what it reads is left as it is.
@@ -176,7 +183,9 @@ class SideBySide(fx.Interpreter):
         ``values`` take the place of those of input ``i``.
         """
         known = self.envs[i] if values is None else {**self.envs[i], **values}
-        self.env = {n: self._copied(known[n]) for n in node.all_input_nodes}
+        self.env = {n: known[n] for n in node.all_input_nodes}
+        if self.careful and node.name not in self.harmless:
+            self.env = {n: self._copied(v) for n, v in self.env.items()}
         return self.run_node(node)
 
     def _copied(self, value: Any) -> Any:
@@ -185,6 +194,4 @@ class SideBySide(fx.Interpreter):
         def one(t: Tensor) -> Tensor:
             return t if storage_key(t) in self.own else t.clone()
 
-        if not self.careful:
-            return value
         return torch.utils._pytree.tree_map_only(Tensor, one, value)

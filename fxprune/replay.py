@@ -26,10 +26,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from fxprune.cut import Walked, cut
 from fxprune.errors import InternalError
 from fxprune.formats import channels_last
-from fxprune.fused import Fused
 from fxprune.inputs import divisible, samples_of
 from fxprune.isolate import exact_arithmetic
-from fxprune.moments import Layout, input_rows
+from fxprune.moments import Layout
 from fxprune.products import evaluating, storage_key
 from fxprune.regression import Cannot
 from fxprune.renorm import some
@@ -132,7 +131,7 @@ def _fitting(traced: Traced, one: tuple[Any, ...], most: int) -> int:
     """How many samples may pass a candidate together, and have their rows kept."""
     module = traced.graph_module
     with exact_arithmetic(), evaluating(module):
-        live = max(live_profile(module, one).values(), default=1)
+        live = max(live_profile(module, one).held.values(), default=1)
         rows = Recorded(traced, [one]).bytes
     return most // max(1, live, rows // samples_of(one))
 
@@ -375,7 +374,6 @@ class _Candidate(Side):
         groups: list[tuple[int, str, tuple[int, ...]]],
     ) -> None:
         super().__init__(module, inputs)
-        self.run = self.fused = Fused(module, inputs)
         self.map, self.kept, self.groups = replay.map, replay.kept, groups
         self.run.careful = replay.original.writes
         self.number = {n.name: i for i, n in enumerate(self.nodes)}
@@ -399,14 +397,6 @@ class _Candidate(Side):
         name = self.nodes[self.at].name
         if name in self.map.cuts and self._key(name) not in self.kept:
             self._save(name)
-
-    def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
-        """What enters ``consumer``, in the node that was reached. Raises Cannot."""
-        x = self.fused.enters(self.nodes[self.at], i)
-        if x is None or consumer.kind != "conv" or x.shape[1] != layout.variables * layout.taps:
-            return super().rows(consumer, layout, i)
-        values, _ = input_rows("conv", layout, x, self.sizes[i])
-        return Rows(values.flatten(0, 1), (x.shape[0], *x.shape[2:]))
 
     def finish(self) -> list[Any]:
         """The outputs of all inputs."""

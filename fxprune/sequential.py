@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxprune.correction import correction
+from fxprune.correction import Sides, correction
+from fxprune.formats import channels_last
 from fxprune.inputs import divisible, part_of, samples_of
 from fxprune.isolate import exact_arithmetic, rng_kept
 from fxprune.moments import MAX_VARIABLES, Layout, split_weight
@@ -37,6 +38,7 @@ from fxprune.regression import Cannot, Pair
 from fxprune.renorm import RepairReport, SideBySide, some
 from fxprune.repair import LeastSquares, Writer, kept_variables, named_tensors, parameter_calls
 from fxprune.sides import Observed, Side
+from fxprune.trees import tensors
 from fxprune.types import Consumer, PrunePlan
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 MAX_SAMPLES = 1024  # that pass through the models together
 MAX_BYTES = 2 << 30  # of activations that both models may hold at a time
+FEW = 2  # samples that tell what a sample holds
+PROBED = 4 << 20  # bytes of activations that tell whether a chain of nodes is affine
 PIECE = 32  # samples that run as one batch, at most
 HELD_OUT = 4  # one piece in so many decides on ridges
 SKETCH = 128  # outputs, or random mixtures of outputs, on which a ridge is judged
@@ -82,13 +86,17 @@ def repair_sequential(
     Raises DataError where there is no sample, InternalError where plan and module do not fit.
     """
     waiting = _pieces(some(batches, max_samples), held_out)
-    original, pruned = Side(traced.graph_module, []), Side(module, [])
+    waiting = _turned(traced.graph_module, waiting)
     with rng_kept(), exact_arithmetic(), evaluating(traced.graph_module), evaluating(module):
-        held = live_profile(traced.graph_module, waiting[0].inputs)
-        most = {name: max_bytes // max(1, 2 * n) for name, n in held.items()}
+        profile = live_profile(traced.graph_module, some([waiting[0].inputs], FEW)[0])
+        most = {name: max_bytes // max(1, 2 * n) for name, n in profile.held.items()}
+        original = Side(traced.graph_module, [], profile.harmless)
+        pruned = Side(module, [], profile.harmless)
         walk = Walk(traced, plan, original, pruned, ridge)
         walk.queue, walk.once, walk.refit = Queue(waiting, most), once, held_out is None
-        walk.correct = correct
+        if correct:
+            probed = max(FEW, PROBED // max(1, *profile.held.values()))
+            walk.probe = Side(module, some([waiting[0].inputs], probed), profile.harmless)
         walk.run()
     return RepairReport(tuple(walk.repaired), walk.skipped)
 
@@ -138,6 +146,12 @@ def _pieces(inputs: Sequence[tuple[Any, ...]], held_out: Iterable[Any] | None) -
     folds = [0] * len(fitted) + [1] * len(chosen)
     order = sorted(range(len(at)), key=lambda i: at[i])
     return [Piece((fitted + chosen)[i], folds[i]) for i in order]
+
+
+def _turned(module: fx.GraphModule, pieces: Sequence[Piece]) -> list[Piece]:
+    """The same in the memory format in which ``module`` is fastest."""
+    inputs = channels_last(module, [p.inputs for p in pieces])
+    return [replace(p, inputs=i) for p, i in zip(pieces, inputs, strict=True)]
 
 
 def in_pieces(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -204,25 +218,41 @@ def _put(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
             own[name].copy_(t)
 
 
-def live_profile(module: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """Node name -> most bytes of activations that one sample holds from that node on."""
+@dataclass(frozen=True)
+class Profile:
+    """What a run of a model showed.
+
+    held      node name -> most bytes of activations that one sample holds from that node on
+    harmless  names of nodes that do not write to what they read
+    """
+
+    held: dict[str, int]
+    harmless: frozenset[str]
+
+
+def live_profile(module: fx.GraphModule, inputs: tuple[Any, ...]) -> Profile:
+    """Of one run on ``inputs``, which stay as they are."""
     # copies: a slice of all data would be counted with all of its memory
     inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone(), inputs)
     run = SideBySide(module, [inputs])
     held: dict[str, int] = {}
+    harmless = set()
     for node in module.graph.nodes:
         if node.op == "output":
             break
+        read = tensors([run.envs[0][n] for n in node.all_input_nodes])
+        before = [t._version for t in read]
         run.step(node, 0)
-        found = torch.utils._pytree.tree_leaves(list(run.envs[0].values()))
-        tensors = [t for t in found if isinstance(t, Tensor)]
-        alive = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
+        if before == [t._version for t in read]:
+            harmless.add(node.name)
+        found = tensors(list(run.envs[0].values()))
+        alive = {storage_key(t): t.untyped_storage().nbytes() for t in found}
         held[node.name] = sum(n for key, n in alive.items() if key not in run.own)
     most, samples = 0, samples_of(inputs)
     for name in reversed(held):
         most = max(most, held[name])
         held[name] = -(-most // samples)
-    return held
+    return Profile(held, frozenset(harmless))
 
 
 class Walk:
@@ -233,6 +263,7 @@ class Walk:
 
     queue  samples that start when there is room for them
     once   gives first guesses
+    probe  the pruned model on few samples; None: what is left at the outputs is not fitted
     refit  whether the samples that choose take part in the fit
     sketches  consumer key -> its outputs, on which ridges are judged; the same for every plan
     """
@@ -250,7 +281,8 @@ class Walk:
         self.original, self.pruned = original, pruned
         self.queue: Queue | None = None
         self.once: LeastSquares | None = None
-        self.refit = self.correct = True
+        self.probe: Side | None = None
+        self.refit = True
         self.sketches: dict[str, Tensor] = {}
         sizes = np.cumsum(original.sizes)
         starts = (sizes - original.sizes).tolist()
@@ -310,7 +342,7 @@ class Walk:
         place = self.writer.place([consumer], self.targets)
         if pair.unchanged:
             if self.repaired:
-                self._correct(consumer, not isinstance(place, str))
+                self._correct(consumer, pair, not isinstance(place, str))
             return
         outputs = self._outputs(consumer, layout, coverage, pair)
         guess = None if self.once is None else self.once.guess(consumer, keep)
@@ -323,23 +355,24 @@ class Walk:
             self.skipped[consumer.key] = f"{place}; fitted without a mean part"
         if pair.dropped:
             self.skipped[consumer.key] = "no fit of its inputs was better on held-out samples"
-        self._correct(consumer, centred)
+        self._correct(consumer, pair, centred)
 
-    def _correct(self, consumer: Consumer, centred: bool) -> None:
+    def _correct(self, consumer: Consumer, pair: Pair, centred: bool) -> None:
         """What is left at the output; nothing where that cannot be seen or fitted."""
-        if not (self.correct and isinstance(self.original, Side)):
+        if self.probe is None or not isinstance(self.original, Side):
             return
         classes = self.traced.param_classes.get((consumer.weight, consumer.out_dim))
         outs = self.weights[consumer.weight].shape[consumer.out_dim]
         rows = np.ones(outs, dtype=np.bool_) if classes is None else self.masks[classes]
+        sides = Sides(self.original, self.pruned, self.probe, self.folds, pair.folds)
         try:
-            step = correction(
-                consumer, self.original, self.pruned, rows, self.folds, self.ridge, centred,
-                self.refit,
-            )  # fmt: skip
+            self.probe.reach(consumer.node)
+            step = correction(consumer, sides, rows, self.ridge, centred, self.refit)
         except Cannot:
             return
         if step is not None:
+            self.pruned.forget()
+            self.probe.forget()
             self.writer.add(consumer, step.weight, step.shift, self.targets)
             if consumer.key not in self.repaired:
                 self.repaired.append(consumer.key)

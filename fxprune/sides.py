@@ -5,18 +5,18 @@ Legend for shapes: S rows (samples x positions), V variables, O outputs, T taps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from fxprune.fused import Fused
 from fxprune.inputs import samples_of
 from fxprune.moments import Layout, input_rows
 from fxprune.observe import coverage_of
 from fxprune.products import Product, Watch, as_product, storage_key
 from fxprune.regression import Cannot
-from fxprune.renorm import SideBySide
 from fxprune.repair import named_tensors
 from fxprune.types import Consumer
 
@@ -30,6 +30,18 @@ class Rows:
 
     values: Tensor
     extent: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The products in a node with their results, and the value of the node.
+
+    norm   the normalisation that the results and the value lie behind, if any
+    """
+
+    products: list[tuple[Product, Tensor]]
+    value: Any
+    norm: str | None
 
 
 class _Reached(Exception):
@@ -68,8 +80,15 @@ class Observed(Protocol):
 class Side:
     """One of the two models, run up to some node; ``sizes``: samples of each input."""
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[tuple[Any, ...]]) -> None:
-        self.run = SideBySide(module, inputs)
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[tuple[Any, ...]],
+        harmless: Collection[str] = (),
+    ) -> None:
+        self.run = Fused(module, inputs)
+        self.run.harmless = harmless
+        self.seen: dict[int, Looked] = {}
         self.sizes = [samples_of(i) for i in inputs]
         self.tensors = named_tensors(module)
         self.nodes: list[fx.Node] = list(module.graph.nodes)
@@ -84,9 +103,19 @@ class Side:
 
     def advance(self) -> None:
         """All inputs pass one node."""
+        node = self.nodes[self.at]
         for i in range(len(self.run.envs)):
-            self.run.step(self.nodes[self.at], i)
+            if i in self.seen:
+                self.run.give(node, i, self.seen.pop(i).value)
+            else:
+                self.run.step(node, i)
+        self.forget()
         self.at += 1
+
+    def forget(self) -> None:
+        """The weights of the node that was reached have changed: what it gives is not known."""
+        self.seen.clear()
+        self.run.changed()
 
     def join(self, inputs: tuple[Any, ...]) -> None:
         """One more batch, run up to where the others are."""
@@ -98,15 +127,7 @@ class Side:
 
     def rows(self, consumer: Consumer, layout: Layout, i: int) -> Rows:
         """What enters ``consumer``, in the node that was reached. Raises Cannot."""
-        mode = _Stop(self.run.own, consumer.key)
-        mode.node = consumer.node
-        try:
-            with mode:
-                self.run.attempt(self.nodes[self.at], i)
-        except _Reached as reached:
-            product = reached.product
-        else:
-            raise Cannot("it is not the same product in both models")
+        product = self.run.enters(self.nodes[self.at], i) or self._entered(consumer, i)
         x = product.x
         wanted = consumer.kind, layout.variables * layout.taps
         if (product.kind, x.shape[1]) != wanted:
@@ -116,44 +137,72 @@ class Side:
         values, _ = input_rows(consumer.kind, layout, x, self.sizes[i])
         return Rows(values.flatten(0, 1), (x.shape[0], *x.shape[2:]))
 
+    def _entered(self, consumer: Consumer, i: int) -> Product:
+        mode = _Stop(self.run.own, consumer.key)
+        mode.node = consumer.node
+        try:
+            with mode:
+                self.run.attempt(self.nodes[self.at], i)
+        except _Reached as reached:
+            return reached.product
+        raise Cannot("it is not the same product in both models")
+
     def coverage(self, consumer: Consumer) -> Tensor:
         """[T] how often each tap of ``consumer`` meets its input; see observe.coverage_of."""
-        found: list[Tensor] = []
+        products = self._looked(0).products
+        return coverage_of(consumer, *products[int(consumer.key.rpartition(":")[2])])
 
-        def look(key: str, product: Product, out: Tensor) -> None:
-            if key == consumer.key:
-                found.append(coverage_of(consumer, product, out))
+    def outcome(
+        self, consumer: Consumer, i: int, chain: Sequence[str] = ()
+    ) -> tuple[Product, Tensor]:
+        """The product of ``consumer`` at the node that was reached; what ``chain`` makes of it.
 
-        mode = Watch(self.run.own, look)
-        mode.node = consumer.node
-        with mode:
-            self.run.attempt(self.nodes[self.at], 0)
-        return found[0]
-
-    def outcome(self, consumer: Consumer, i: int) -> tuple[Product, Tensor]:
-        """The product of ``consumer`` and the value of its node, which was reached.
-
-        Raises Cannot where the value is more than that product's result.
+        Raises Cannot where the node's value is more than that product's result.
         """
-        found: list[tuple[Product, Tensor]] = []
-        mode = Watch(self.run.own, lambda key, product, out: found.append((product, out)))
-        mode.node = consumer.node
-        with mode:
-            value = self.run.attempt(self.nodes[self.at], i)
-        if len(found) != 1 or not isinstance(value, Tensor):
+        looked = self._looked(i)
+        if looked.norm not in (None, *chain[:1]):
+            looked = self._run(i)
+        value = looked.value
+        if len(looked.products) != 1 or not isinstance(value, Tensor):
             raise Cannot("its node computes more than one product")
-        product, out = found[0]
+        product, out = looked.products[0]
         channel = 1 if consumer.kind == "conv" else -1
         same = out.numel() == value.numel() and out.shape[channel] == value.shape[channel]
         if not same or (consumer.kind == "conv" and out.shape != value.shape):
             raise Cannot("its node computes more than the product")
-        return product, value
+        return product, self.follow(value, chain, i, 0 if looked.norm is None else 1)
 
-    def follow(self, value: Tensor, chain: Sequence[str], i: int) -> Tensor:
-        """What the nodes ``chain``, one after the other, make of ``value`` at the reached node."""
+    def _looked(self, i: int) -> Looked:
+        """Kept until the node is passed, which then does not have to run again."""
+        if i in self.seen:
+            return self.seen[i]
         node = self.nodes[self.at]
+        product = self.run.enters(node, i)
+        if product is None:
+            found = self._run(i)
+        else:
+            value = self.run.result(node, i)
+            found = Looked([(product, value)], value, self.run.norms[node].name)
+        if product is not None or node.name in self.run.harmless:
+            self.seen[i] = found
+        return found
+
+    def _run(self, i: int) -> Looked:
+        """The node that was reached, as it is."""
+        found: list[tuple[Product, Tensor]] = []
+        mode = Watch(self.run.own, lambda key, product, out: found.append((product, out)))
+        with mode:
+            value = self.run.attempt(self.nodes[self.at], i)
+        return Looked(found, value, None)
+
+    def follow(self, value: Tensor, chain: Sequence[str], i: int, done: int = 0) -> Tensor:
+        """What the nodes ``chain``, one after the other, make of ``value``.
+
+        It is that of the reached node, or of the ``done``-th of them.
+        """
         by_name = {n.name: n for n in self.nodes[self.at :]}
-        for name in chain:
+        node = by_name[chain[done - 1]] if done else self.nodes[self.at]
+        for name in chain[done:]:
             value = self.run.attempt(by_name[name], i, {node: value})
             node = by_name[name]
         return value
