@@ -76,12 +76,13 @@ def repair_sequential(
     ridge        lambda, as a share of the mean variance of the kept inputs; None: chosen
     correct      whether what is left at the outputs is fitted too (:mod:`fxprune.correction`)
     max_samples  of the batches that are used
-    max_bytes    of live activations of both models together: where a sample holds much (early
-                 layers of a large image) fewer take part, the others join in further down
+    max_bytes    of live activations of both models together, without what the node at hand gives:
+                 where a sample holds much (early layers of a large image) fewer take part, the
+                 others join in further down
 
     Consumers that cannot be treated keep the weights that they have in ``module`` (those of the
     cut, or of the one-shot form where that ran before) and are reported with the reason. Costs
-    about two forward passes of the original and four of the pruned model.
+    about one forward pass of the original, two of the pruned model, and the regressions.
 
     Raises DataError where there is no sample, InternalError where plan and module do not fit.
     """

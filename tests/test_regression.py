@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from fxprune.regression import Pair
+from fxprune.errors import InternalError
+from fxprune.regression import Folds, Pair
 
 
 def draw(seed: int, rows: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -96,3 +98,41 @@ def test_the_weights_of_all_rows_are_those_of_a_direct_regression() -> None:
     assert one.regression is not None
     direct, *_ = np.linalg.lstsq(np.c_[y.numpy(), np.ones(300)], x.numpy()[:, 8], rcond=None)
     assert np.allclose(one.regression[0, 8].numpy(), direct[:-1], atol=0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("centred", [True, False])
+def test_rows_that_are_known_are_summed_once(groups: int, centred: bool) -> None:
+    """Both regressions on the same rows equal numpy's, with the ridge as extra rows."""
+    g = torch.Generator().manual_seed(5)
+    y = torch.randn(300, groups, 70, generator=g, dtype=torch.float64) + 1
+    first, other = (torch.randn(300, groups, n, generator=g, dtype=torch.float64) for n in (4, 2))
+    known = Folds()
+    beside = Folds(known)
+    for part in (slice(0, 90), slice(90, 300)):
+        known.add(first[part], y[part], 0)
+        beside.add(other[part], y[part], 0)
+    for sums, target in ((known, first), (beside, other)):
+        joint = sums.joint((0,), centred)
+        found = joint.fit(0.1, None)
+        for i in range(groups):
+            x, t = (v[:, i].numpy() - centred * v[:, i].numpy().mean(0) for v in (y, target))
+            level = 0.1 * (x**2).mean() * len(x)
+            rows = np.r_[x, np.sqrt(level) * np.eye(70)]
+            want, *_ = np.linalg.lstsq(rows, np.r_[t, np.zeros((70, t.shape[1]))], rcond=None)
+            assert np.allclose(found[i].numpy(), want.T, atol=1e-10)
+    assert len(known.joint((0,), centred).solvers) == 1  # for both
+    beside.add(other, y, 0)
+    with pytest.raises(InternalError, match="other rows"):
+        beside.joint((0,), centred)
+
+
+def test_a_guess_is_what_the_ridge_draws_to() -> None:
+    sums = pair(200, 0.5).folds
+    joint = sums.joint((0,), True)
+    guess = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    level = 0.3 * joint.inside.diagonal(dim1=1, dim2=2).mean() * torch.eye(8, dtype=torch.float64)
+    rest = joint.across - guess @ joint.inside
+    want = guess + rest @ torch.linalg.inv(joint.inside + level)
+    assert torch.allclose(joint.fit(0.3, guess), want, atol=1e-10)
+    assert torch.allclose(joint.fit(1e9, guess), guess, atol=1e-6)

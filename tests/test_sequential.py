@@ -365,6 +365,26 @@ def test_what_cannot_be_treated_says_why_and_stays() -> None:
     assert torch.equal(before, small.get_submodule("shared").weight)
 
 
+def test_nodes_that_write_to_what_they_read_are_known() -> None:
+    """What a node gives is kept for when it is passed, but not where its input is another then."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z = y.relu_()
+            y[:, 0] = 0
+            return self.last(z + y)
+
+    _, traced = make(Net, 2, 5)
+    profile = live_profile(traced.graph_module, (data(2, 5),))
+    names = {n.name for n in traced.graph_module.graph.nodes if n.op != "output"}
+    assert sorted(names - profile.harmless) == ["relu_", "setitem"]
+
+
 def test_samples_follow_the_memory_that_is_allowed() -> None:
     """Between two nodes a sample holds at most the 6 doubles of the hidden layer, in each model."""
     model, traced = make(lambda: nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), 1, 5)
