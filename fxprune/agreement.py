@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +34,16 @@ _FAR = 1e-2  # share of its norm, where rounding may have grown with the weights
 Call = Callable[[Any], Any]
 
 
-def agree(model: nn.Module, call: Call, graph: nn.Module, inputs: tuple[Any, ...]) -> bool:
+def agree(
+    model: nn.Module,
+    call: Call,
+    graph: nn.Module,
+    inputs: tuple[Any, ...],
+    fixed: Sequence[str] = (),
+) -> bool:
     """Whether ``call``, which runs ``model``, gives what ``graph`` gives, from the same parameters.
+
+    ``fixed``: names of those that are not the same, since ``model`` computes them.
 
     At the example inputs and, where the graph takes that, with one sample more: a class with fixed
     sizes may happen to run at one batch size and fail at the next.
@@ -44,12 +52,12 @@ def agree(model: nn.Module, call: Call, graph: nn.Module, inputs: tuple[Any, ...
     with uncompiled():  # what the user compiled need not be, here
         if not runs.same(inputs):
             return False
-        with _stronger(graph):
+        with _stronger(graph, fixed):
             same = runs.same(more, _FAR)
         if same is None:
             same = runs.same(more)
         if same is None:
-            with _stronger(graph):
+            with _stronger(graph, fixed):
                 same = runs.same(inputs, _FAR)
     return same is not False
 
@@ -150,15 +158,21 @@ def _outputs(call: Call, inputs: tuple[Any, ...]) -> list[Tensor] | None:
 
 @contextmanager
 @torch.no_grad()
-def _stronger(graph: nn.Module) -> Iterator[None]:
+def _stronger(graph: nn.Module, fixed: Sequence[str]) -> Iterator[None]:
     """Weights of a root mean square far below 1 / sqrt(inputs) are multiplied by a power of two.
 
     So they are afterwards, bit for bit, what they were.
     """
     changed: list[tuple[Tensor, float]] = []
     try:
-        for p in graph.parameters():
-            if p.dim() < 2 or not p.is_floating_point() or not p.numel() or p.is_meta:
+        for name, p in graph.named_parameters():
+            if (
+                name in fixed
+                or p.dim() < 2
+                or not p.is_floating_point()
+                or not p.numel()
+                or p.is_meta
+            ):
                 continue
             norm, top = float(p.norm()), float(p.abs().max())
             if not (0.0 < norm < math.inf):

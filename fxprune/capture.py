@@ -38,6 +38,7 @@ class Captured:
     given         the example inputs, and how the user's class takes them
     opaque        path of each module kept whole -> reason
     settled       parameters that hold what the model computes from them (``coupling.computed``)
+    remade        those of them that the user's class can be made to compute (``parametrized``)
     recorded      what the run has done, where that says all; only until it is read
     """
 
@@ -46,6 +47,7 @@ class Captured:
     given: Inputs
     opaque: dict[str, str]
     settled: tuple[str, ...] = ()
+    remade: tuple[str, ...] = ()
     recorded: Recorded | None = None
 
     @property

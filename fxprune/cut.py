@@ -20,7 +20,7 @@ from fxprune.capture import capture
 from fxprune.copies import copied, twin
 from fxprune.leaves import fit, is_leaf
 from fxprune.mirrors import changed_numbers, mirror, same_numbers
-from fxprune.parametrized import settle, source
+from fxprune.parametrized import remake, settle
 from fxprune.rewrite import Rewriter, makes_tensors
 from fxprune.sizes import Sizes
 from fxprune.traced import Traced
@@ -140,24 +140,10 @@ def _modules(
             old = known[path]
             if id(old) not in made:
                 made[id(old)] = copy_module(old, tensors)
-                if isinstance(old, ParametrizationList):
-                    _settle(old, made[id(old)], path, sizes)
                 dim = -1 if isinstance(old, (nn.LayerNorm, nn.RMSNorm)) else 1
                 fit(made[id(old)], sizes.kept_along(inputs.get(path), dim))
             modules[path] = made[id(old)]
     return modules
-
-
-def _settle(old: ParametrizationList, new: nn.Module, path: str, sizes: Sizes) -> None:
-    """The parameters behind a weight are set so that it is the old one at its kept positions."""
-    assert isinstance(new, ParametrizationList)
-    weight = old().detach()
-    name = source(old)
-    for d in range(weight.dim()):
-        index = None if name is None else sizes.kept_index(f"{path}.{name}", d)
-        if index is not None:
-            weight = weight.index_select(d, torch.from_numpy(index).to(weight.device))
-    settle(new, weight)
 
 
 def copy_module(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
@@ -195,7 +181,7 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     base = traced.captured.base
     if pruned.meta.get(_OWN) or isinstance(base, fx.GraphModule):
         return None  # a graph module is no class: its sizes are written into its code
-    if traced.captured.settled:
+    if set(traced.captured.remade) != set(traced.captured.settled):
         return None  # the class would compute its weights once more
     new = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)
@@ -205,6 +191,8 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
         if name in new:
             memo[id(t)] = new[name]
     model = copied(base, memo)
+    if not all(_remade(model, name, new[name]) for name in traced.captured.remade):
+        return None
     twins = dict(pruned.named_modules())
     for name, module in model.named_modules():
         if name and is_leaf(module):
@@ -215,13 +203,23 @@ def as_user_class(traced: Traced, plan: PrunePlan, pruned: fx.GraphModule) -> nn
     model.eval()
     call = functools.partial(traced.captured.given.call, model)
     inputs, graph = traced.example_inputs, traced.captured.graph_module
-    if not agree(model, call, pruned, inputs):
+    alike = functools.partial(agree, model, call, pruned, inputs, traced.captured.settled)
+    if not alike():
         followed = mirror(model, changed_numbers(graph.graph, pruned.graph))
-        if not followed or not agree(model, call, pruned, inputs):
+        if not followed or not alike():
             return None
         if not _calculates_alike(traced, model):
             return None
     return model
+
+
+def _remade(model: nn.Module, name: str, weight: Tensor) -> bool:
+    """Whether ``model`` computes a weight that is plain in the graph; it is made to."""
+    path, _, atom = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, ParametrizationList):
+        return settle(module, weight)
+    return remake(module, atom, weight)
 
 
 def _calculates_alike(traced: Traced, model: nn.Module) -> bool:

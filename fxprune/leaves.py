@@ -28,6 +28,12 @@ def is_leaf(module: nn.Module) -> bool:
     return kind in _FITS or (kind.__module__.startswith("torch.") and _base(kind) is not None)
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations make it another one: it is traced through."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool("parametrizations" in module._modules or hooks)
+
+
 def fit(module: nn.Module, kept: BoolArray | None) -> None:
     """Attributes that mirror shapes follow the new parameters."""
     base = _base(type(module))

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import fx, nn
 
 from fxprune.coupling.run import call_name
-from fxprune.leaves import is_leaf
+from fxprune.leaves import is_changed, is_leaf
 from fxprune.rewrite import HANDLERS
 from fxprune.tracing import WITHIN
 
@@ -89,7 +89,7 @@ def mirror(model: nn.Module, numbers: Numbers) -> bool:
     changed = False
     for path, module in model.named_modules():
         known = numbers.get(path)
-        if known is None or is_leaf(module):
+        if known is None or (is_leaf(module) and not is_changed(module)):
             continue
         own = module.__dict__
         for name, value in list(own.items()):

@@ -30,7 +30,7 @@ from fxprune.attention import in_operations
 from fxprune.decisions import other_way_raises, settled_tensor
 from fxprune.errors import ModelError
 from fxprune.inputs import Inputs, divisible, samples_of
-from fxprune.leaves import is_leaf
+from fxprune.leaves import is_changed, is_leaf
 from fxprune.record import Recorder
 from fxprune.trees import holds, leaves
 from fxprune.values import Attribute, Value, follows_data, is_traced, seen_as_values
@@ -111,8 +111,7 @@ class ConcreteTracer(fx.Tracer):
             self.whole.modules.setdefault(module_qualified_name, "a scripted module")
         if module_qualified_name in self.whole.modules:
             return True
-        changed = "parametrizations" in m._modules or m._forward_hooks or m._forward_pre_hooks
-        return not changed and is_leaf(m)
+        return not is_changed(m) and is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.running:

@@ -12,17 +12,19 @@ ways too, and where nothing would be gained (a norm that labels follow): :func:`
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture import Captured, is_impure
 from fxprune.coupling.groups import Coupling, couple
 from fxprune.coupling.run import call_name
+from fxprune.parametrized import gives_any, hooked, source
 from fxprune.products import evaluating
 
 _WEIGHTED = (
@@ -36,29 +38,88 @@ _FORMS = ("getattr", "size", "dim", "numel", "len")  # of a tensor, and not its 
 
 def settled(captured: Captured) -> Captured | None:
     """``captured`` with every such weight as a plain parameter; None where there is none."""
-    formulas = _Formulas(captured.graph_module)
+    gm = captured.graph_module
+    formulas, blocks = _Formulas(gm), _blocks(gm)
     found = {name: roots for name, roots in formulas.found().items() if formulas.stay(name, roots)}
-    if not found:
+    if not found and not blocks:
         return None
     values = {name: formulas.values[roots[0]] for name, roots in found.items()}
+    with evaluating(gm):
+        values |= {name: _block(gm, nodes[0])() for name, nodes in blocks.items()}
+    found |= blocks
     gm = _plain(formulas.gm, values, found)
-    return replace(captured, graph_module=gm, settled=tuple(values), recorded=None)
+    names = (*captured.settled, *values)
+    by_hooks = (name for name, value in values.items() if _by_hook(captured.base, name, value))
+    remade = (*captured.remade, *by_hooks)
+    return replace(captured, graph_module=gm, settled=names, remade=remade, recorded=None)
+
+
+def _by_hook(base: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether a weight is what a hook of torch's makes, so that the class can make another one."""
+    path, _, atom = name.rpartition(".")
+    made = hooked(base.get_submodule(path), atom)
+    return made is not None and made.shape == value.shape and _equal(made, value)
+
+
+def unparametrized(captured: Captured) -> Captured:
+    """``captured`` with weights of ``torch.nn.utils.parametrize`` as plain parameters.
+
+    Those that the user's class can compute whatever is left of them (``parametrized``).
+    """
+    gm = captured.graph_module
+    found = {name: nodes for name, nodes in _blocks(gm).items() if gives_any(_block(gm, nodes[0]))}
+    if not found:
+        return captured
+    with evaluating(gm):
+        values = {name: _block(gm, nodes[0])() for name, nodes in found.items()}
+    plain, names = _plain(gm, values, found), tuple(found)
+    return replace(captured, graph_module=plain, settled=names, remade=names, recorded=None)
+
+
+def _block(gm: fx.GraphModule, node: fx.Node) -> Any:
+    return gm.get_submodule(str(node.target))
+
+
+def _blocks(gm: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """Parameter of which a parametrization makes a weight, for that alone -> the nodes that do."""
+    names: dict[int, str] = {}  # by parametrization
+    found: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        block = _block(gm, node) if node.op == "call_module" else None
+        own = source(block) if isinstance(block, ParametrizationList) else None
+        if own is not None:
+            found[names.setdefault(id(block), f"{node.target}.{own}")].append(node)
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    held = Counter(id(t) for m in gm.modules() for t in m._parameters.values() if t is not None)
+    return {
+        name: nodes
+        for name, nodes in found.items()
+        if name not in read and held[id(gm.get_parameter(name))] == 1
+    }
 
 
 def coupled(captured: Captured) -> tuple[Captured, Coupling]:
-    """The groups of a captured model; with plain weights where more can go that way."""
+    """The groups of a captured model; with plain weights where more can go that way.
+
+    And where that costs nothing: what is left of a weight is then what it was, and not a norm's
+    share of less.
+    """
+    captured = unparametrized(captured)
     coupling, plain = couple(captured), settled(captured)
     if plain is not None:
         other = couple(plain)
-        if _freedom(other) > _freedom(coupling):
+        mine, others = _free(coupling), _free(other)
+        used = {str(n.target) for n in plain.graph_module.graph.nodes}
+        lost = {param for param, _ in mine - others} & used
+        if len(others) > len(mine) or (not lost and plain.remade == plain.settled):
             return plain, other
     return captured, coupling
 
 
-def _freedom(coupling: Coupling) -> int:
-    """How many dims of parameters may lose positions."""
+def _free(coupling: Coupling) -> set[tuple[str, int]]:
+    """The dims of parameters that may lose positions."""
     free = [g for g in coupling.groups if g.locked is None]
-    return len({(m.param, m.dim) for g in free for m in g.members})
+    return {(m.param, m.dim) for g in free for m in g.members}
 
 
 class _Formulas:
@@ -112,10 +173,10 @@ class _Formulas:
         value = self.values[node]
         if node.op == "get_attr" or not isinstance(value, Tensor):
             return None
-        for source in _back_from(node):
-            t = self.parameters.get(str(source.target)) if source.op == "get_attr" else None
+        for origin in _back_from(node):
+            t = self.parameters.get(str(origin.target)) if origin.op == "get_attr" else None
             if t is not None and t.shape == value.shape and t.dtype == value.dtype:
-                return str(source.target)
+                return str(origin.target)
         return None
 
     def stay(self, name: str, roots: list[fx.Node]) -> bool:
