@@ -19,11 +19,34 @@ def rephrase(graph: fx.Graph) -> bool:
     """
     nodes = list(graph.nodes)
     for node in nodes:
+        _shaped_in_place(graph, node)
+    for node in list(graph.nodes):
         _repeated_heads(graph, node)
         _repeated_once(graph, node)
         _form_alone(graph, node)
         norms.by_hand(graph, node)
     return list(graph.nodes) != nodes
+
+
+_SHAPED = ("squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_")
+
+
+def _shaped_in_place(graph: fx.Graph, node: fx.Node) -> None:
+    """x.squeeze_(1): what uses x from there on uses x.squeeze(1), under all of its names."""
+    source: Any = node.args[0] if node.args else None
+    if node.op != "call_method" or node.target not in _SHAPED or source.op == "get_attr":
+        return
+    value, nodes = source.meta.get("value"), list(graph.nodes)
+    if not isinstance(value, Tensor):
+        return
+    before, later = nodes[: nodes.index(node)], set(nodes[nodes.index(node) + 1 :])
+    with graph.inserting_before(node):
+        made = graph.call_method(str(node.target)[:-1], node.args, node.kwargs)
+    made.meta.update(node.meta)
+    for n in (*before, node):
+        if n.meta.get("value") is value:
+            n.replace_all_uses_with(made, lambda user: user in later)
+    graph.erase_node(node)
 
 
 def _repeated_heads(graph: fx.Graph, node: fx.Node) -> None:
@@ -70,8 +93,10 @@ def _repeated_once(graph: fx.Graph, node: fx.Node) -> None:
     if len(given) != before.dim() or any(isinstance(n, fx.Node) and _holds_more(n) for n in given):
         return
     same = [a == b for a, b in zip(before.shape, after.shape, strict=True)]
-    if all(same[1:]) or not all(e or s == 1 for e, s in zip(same, before.shape, strict=True)):
+    if not all(e or s == 1 for e, s in zip(same, before.shape, strict=True)):
         return
+    if all(same[1:]) and (all(same) or not _is_width(given[0])):
+        return  # as often as there are samples
     sizes = tuple(-1 if e and n == 1 else n for e, n in zip(same, given, strict=True))
     with graph.inserting_before(node):
         grown = graph.call_method("expand", (x, *sizes))
@@ -79,6 +104,14 @@ def _repeated_once(graph: fx.Graph, node: fx.Node) -> None:
     grown.meta["value"] = made.meta["value"] = after
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _is_width(count: Any) -> bool:
+    """Whether a size is a number, or the size of a dim other than the first."""
+    if not isinstance(count, fx.Node):
+        return True
+    named_so = named(count) in ("getitem", "size") and len(count.args) > 1
+    return named_so and isinstance(count.args[1], int) and count.args[1] != 0
 
 
 def _holds_more(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ import patterns_fields  # noqa: F401 - registers its cases
 import patterns_flow  # noqa: F401 - registers its cases
 import patterns_foreign  # noqa: F401 - registers its cases
 import patterns_fused  # noqa: F401 - registers its cases
+import patterns_handmade  # noqa: F401 - registers its cases
 import patterns_numbers  # noqa: F401 - registers its cases
 import patterns_order  # noqa: F401 - registers its cases
 import patterns_recurrent  # noqa: F401 - registers its cases

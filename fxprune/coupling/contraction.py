@@ -76,8 +76,9 @@ def contract(
     reason = "multiplied with a tensor whose channels are fixed"
     fields = unfixed(labels, shapes, [x, y], reason)
     along = [f for f in fields if dim in varying(f)]
-    for f in along:
-        if not any(vanish.covers(labels, t, f, dim) for t in zero):
+    for f in along:  # whose labels are those of the others that vary as it does
+        equal = [g for g in along if varying(g) == varying(f)]
+        if not any(vanish.covers(labels, t, g, dim) for t in zero for g in equal):
             labels.lock(f, ADDED)
     for i, f in enumerate(along):
         for g in along[:i]:
@@ -172,7 +173,8 @@ def _convolution(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, ou
         if varying(f) - {0, 1} and not any(varying(f) == {d} for d in spanned):
             labels.lock(f, "kernel position")
     inputs, kept = _conv_input(labels, x, _pointwise(args), frozenset(spanned))
-    summed = [*spanned.values(), *([] if inputs is None else [inputs])]
+    added = inputs is not None and inputs.size > groups  # else each output reads one channel
+    summed = [*spanned.values(), *([inputs] if inputs is not None and added else [])]
     if not (labels.vanishes(w) or labels.vanishes(x)):
         for f in summed:
             labels.lock(f, ADDED)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxprune.coupling import vanish
 from fxprune.coupling.labels import Fields, Labels, varying
 from fxprune.coupling.rules import Rule, dims_of, elementwise, meet, register, unfixed
+from fxprune.types import IntArray
 
 
 def _spatial(count: int) -> Rule:
@@ -109,10 +111,13 @@ def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: An
     dims = dims_of(args[at] if len(args) > at else kwargs.get("dim", _default_dim(func)), x.dim())
     outs = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
     name = str(func.overloadpacket)
-    if _adds_up(labels, func.overloadpacket.__name__, args):
-        mixed = [labels.rows(f, dims) for f in labels.of(x)]
-    else:
-        mixed = [labels.mix(f, dims, f"{name} over the channels") for f in labels.of(x)]
+    adds = _adds_up(labels, func.overloadpacket.__name__, args)
+    mixed = [
+        labels.rows(f, dims)
+        if adds and _lacks_nothing(labels, x, f, dims)
+        else labels.mix(f, dims, f"{name} over the channels")
+        for f in labels.of(x)
+    ]
     fields = [f for f in mixed if f is not None]
     if outs[0].dim() < x.dim():
         fields = [f.reshape([s for d, s in enumerate(f.shape) if d not in dims]) for f in fields]
@@ -132,6 +137,13 @@ def _cross(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Ten
     labels.put(out, [f for f in left if f is not None])
 
 
+def _lacks_nothing(labels: Labels, x: Tensor, f: IntArray, dims: frozenset[int]) -> bool:
+    """Whether ``x`` is zero where labels of its field ``f``, summed over ``dims``, are removed."""
+    summed = varying(f) & dims
+    alone = len(summed) == 1 and vanish.covers(labels, x, f, min(summed))
+    return alone or labels.vanishes(x)
+
+
 def _adds_up(labels: Labels, name: str, args: Sequence[Any]) -> bool:
     """Whether channels that are zero make no difference; a mean's divisor must be rewritable."""
     if name in ("linalg_vector_norm", "norm"):
@@ -141,7 +153,7 @@ def _adds_up(labels: Labels, name: str, args: Sequence[Any]) -> bool:
         adds = labels.extremes
     else:
         adds = name == "sum" or (name == "mean" and labels.averages)
-    return adds and labels.vanishes(args[0])
+    return adds
 
 
 def _default_dim(func: Any) -> Any:

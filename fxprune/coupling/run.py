@@ -157,7 +157,9 @@ class SizesRead(TorchFunctionMode):
 
 
 # Calls whose sizes are arguments in the graph: their extent follows whatever they meet.
-CREATORS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+CREATORS = (
+    "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
+)  # fmt: skip
 
 # Functions of torch that are one call and keep sizes as numbers inside.
 COMPOSITES = ("multi_head_attention_forward",)

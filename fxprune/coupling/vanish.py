@@ -113,6 +113,9 @@ def _zeroed_by(
         known = _of_product(labels, args, out)
         own = [f.ravel() for f in labels.of(out) if varying(f) in known]
         return np.concatenate(own) if own else None
+    if name == "expand" and labels.vanishes(args[0]):  # and its new extents are not zero
+        own = [f.ravel() for f in labels.of(args[0])]
+        return np.concatenate(own) if own else None
     if name in _KEEPING or name in ("div", "expand"):
         return labels.zeroed(args[0]) if args and isinstance(args[0], Tensor) else None
     if name == "mul":
@@ -289,10 +292,12 @@ def _joined(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Te
 
 
 def _contracted(labels: Labels, t: Tensor, dim: int, ndim: int) -> Dims:
-    """Fields of an operand, once ``dim`` is summed; operand dims are those of the result."""
+    """Fields of an operand by which it is zero, once ``dim`` is summed; dims of the result."""
+    fields = labels.of(t)
     if not labels.vanishes(t):
-        return set()
-    return {varying(f) - {dim % ndim} for f in labels.of(t)}
+        by = labels.zeroed(t)
+        fields = [] if by is None else [f for f in fields if bool(np.isin(f, by).all())]
+    return {varying(f) - {dim % ndim} for f in fields}
 
 
 def _placed(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
