@@ -108,3 +108,26 @@ def test_head_dims_can_go(name: str) -> None:
     assert traced.cost(plan).macs < traced.cost().macs
     both = traced.plan({dims.name: (columns + rows).ravel(), whole.name: (1, 3)})
     assert_right(traced, both, cut(traced, both), [case.example(1)])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("LinearHeads-matmul", [12, 15]),
+        ("LinearHeads-einsum", [12, 15]),
+        ("ChannelHeads", [12]),
+    ],
+)
+def test_columns_of_heads_go_apart(name: str, sizes: list[int]) -> None:
+    """Dims of queries and keys, and those of values, are groups of their own in the same heads."""
+    traced = traced_case(CASES[name])
+    (rows,) = (g for g in traced.groups if g.n == 3 and g.locked is None)
+    blocks = {g.name: g.n for g in traced.groups if g.rows == 3 and g.locked is None}
+    assert sorted(blocks.values()) == sizes
+    assert set(rows.overlaps) == set(blocks)
+
+
+def test_columns_of_a_state_go_apart() -> None:
+    """The state that zeros begin has the same columns in all heads."""
+    traced = traced_case(CASES["FastWeights"])
+    assert sorted(g.n for g in traced.groups if g.locked is None) == [3, 4, 5]

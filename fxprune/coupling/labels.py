@@ -362,15 +362,28 @@ class Labels:
             self.union(self.merge(a, va - vb), self.merge(b, vb - va))
 
     def combine(self, fields: Sequence[IntArray]) -> Fields:
-        """Fields that meet in one tensor: the finest ones, after all have been related."""
+        """Fields that meet in one tensor: the finest ones, after all have been related.
+
+        Two of which neither is finer, such as [heads, i] and [heads, j], share the rows.
+        """
         finest: Fields = []
         for f in sorted(fields, key=lambda g: -len(varying(g))):
             touching = [g for g in finest if varying(f) & varying(g)]
-            for g in touching:
+            finer = [g for g in touching if varying(f) <= varying(g)]
+            for g in finer:
                 self.relate(f, g)
-            if not touching and f.size > 1:
+            for g in touching if not finer else ():
+                self._share(f, g)
+            if not finer and f.size > 1:
                 finest.append(f)
         return finest
+
+    def _share(self, a: IntArray, b: IntArray) -> None:
+        """Positions along the dims that two fields have in common are one."""
+        va, vb = varying(a), varying(b)
+        first, second = self.rows(a, va - vb), self.rows(b, vb - va)
+        if first is not None and second is not None:
+            self.union(first, second)
 
     def product(self, a: IntArray, b: IntArray) -> IntArray:
         """Two fields on different dims as one: a fresh label for each pair, child of both.

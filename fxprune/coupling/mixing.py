@@ -118,7 +118,7 @@ def _reduce(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: An
         else labels.mix(f, dims, f"{name} over the channels")
         for f in labels.of(x)
     ]
-    fields = [f for f in mixed if f is not None]
+    fields = labels.combine([f for f in mixed if f is not None])
     if outs[0].dim() < x.dim():
         fields = [f.reshape([s for d, s in enumerate(f.shape) if d not in dims]) for f in fields]
     for t in outs:

@@ -86,8 +86,8 @@ def _joined_by_reshape(
     fields = list(fields)
     for left, _ in _blocks(old, new):
         inside = [f for f in fields if varying(f) & set(left)]
-        if len(inside) < 2:
-            continue
+        if len({varying(f) & set(left) for f in inside}) < 2:
+            continue  # each by itself
         fields = [f for f in fields if not varying(f) & set(left)]
         sides = [varying(f) for f in inside]
         if sum(len(v) for v in sides) > len(frozenset().union(*sides)):

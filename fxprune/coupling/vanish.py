@@ -113,17 +113,24 @@ def _zeroed_by(
         known = _of_product(labels, args, out)
         own = [f.ravel() for f in labels.of(out) if varying(f) in known]
         return np.concatenate(own) if own else None
-    if name == "expand" and labels.vanishes(args[0]):  # and its new extents are not zero
-        own = [f.ravel() for f in labels.of(args[0])]
-        return np.concatenate(own) if own else None
-    if name in _KEEPING or name in ("div", "expand"):
-        return labels.zeroed(args[0]) if args and isinstance(args[0], Tensor) else None
+    if name in _KEEPING or name == "expand":
+        return _zero_by(labels, args[0]) if args else None
+    if name == "div":  # 0 / y, where y itself is not zero
+        return _zero_by(labels, args[0]) if _zero_by(labels, args[1]) is None else None
     if name == "mul":
-        found = (labels.zeroed(t) for t in args[:2] if isinstance(t, Tensor))
-        return next((by for by in found if by is not None), None)
+        found = [by for t in args[:2] if (by := _zero_by(labels, t)) is not None]
+        return np.concatenate(found) if found else None
     if name in ("add", "sub", "cat"):
         return _zeroed_by_all(labels, args[0] if name == "cat" else args[:2], out)
     return None
+
+
+def _zero_by(labels: Labels, t: Any) -> IntArray | None:
+    """The labels by which a tensor is zero: all of its own, or those that are known."""
+    if not isinstance(t, Tensor) or not labels.vanishes(t):
+        return labels.zeroed(t) if isinstance(t, Tensor) else None
+    own = [f.ravel() for f in labels.of(t)]
+    return np.concatenate(own) if own else None
 
 
 def _zero_along(labels: Labels, t: Tensor, dims: frozenset[int], ndim: int) -> bool:
@@ -207,7 +214,8 @@ def _by_all(labels: Labels, out: Tensor, operands: Iterable[Any]) -> bool:
 
 
 def _multiply(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
-    return _by_any(labels, out, args[:2])
+    nothing = any(not isinstance(t, Tensor) and t == 0 for t in args[:2])
+    return nothing or _by_any(labels, out, args[:2])
 
 
 def _divide(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> bool:
