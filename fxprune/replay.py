@@ -86,6 +86,7 @@ class Replay:
             self.original = Recorded(traced, repair)
         refused = list(self.original.refused)
         self.once = once(refused) if refused else _nothing
+        self.alone = once
         self.sketches: dict[str, Tensor] = {}
         self.map = GraphMap(traced)
         self.kept = Snapshots(max_bytes)
@@ -101,6 +102,7 @@ class Replay:
             side = _Candidate(module, self.inputs, self, groups)
             walk = Walk(self.traced, plan, self.original, side)
             walk.sketches = self.sketches
+            walk.fallback = self._fallback(plan, module)
             for consumer in self.traced.consumers:
                 at = self.map.position.get(consumer.node, -1)
                 if at >= first and not side.passed(consumer.node):
@@ -113,7 +115,18 @@ class Replay:
         with exact_arithmetic(), evaluating(module):
             side = Side(module, self.inputs[: len(self.inputs) - self.held_out])
             side.run.careful = self.original.writes
-            Walk(self.traced, plan, self.original, side).run()
+            walk = Walk(self.traced, plan, self.original, side)
+            walk.fallback = self._fallback(plan, module)
+            walk.run()
+
+    def _fallback(self, plan: PrunePlan, module: fx.GraphModule) -> Callable[[Consumer], None]:
+        """The one-shot repair of a consumer, unless it has it already."""
+
+        def mend(consumer: Consumer) -> None:
+            if consumer.key not in self.original.refused:
+                self.alone([consumer.key])(plan, module)
+
+        return mend
 
 
 def affordable(traced: Traced) -> int:

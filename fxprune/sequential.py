@@ -266,6 +266,7 @@ class Walk:
     once   gives first guesses
     probe  the pruned model on few samples; None: what is left at the outputs is not fitted
     refit  whether the samples that choose take part in the fit
+    fallback  for a consumer that this plan leaves without equal rows
     sketches  consumer key -> its outputs, on which ridges are judged; the same for every plan
     """
 
@@ -283,6 +284,7 @@ class Walk:
         self.queue: Queue | None = None
         self.once: LeastSquares | None = None
         self.probe: Side | None = None
+        self.fallback: Callable[[Consumer], object] | None = None
         self.refit = True
         self.sketches: dict[str, Tensor] = {}
         sizes = np.cumsum(original.sizes)
@@ -312,6 +314,8 @@ class Walk:
             self._treat(consumer)
         except Cannot as reason:
             self.skipped[consumer.key] = str(reason)
+            if self.fallback is not None:
+                self.fallback(consumer)
 
     def check(self, consumer: Consumer) -> None:
         """Raises Cannot for what is known before anything is measured."""

@@ -94,7 +94,7 @@ class ScaleOfWidth(nn.Module):
 
 def sentences(seed: int, batch: int) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([6, 3, 5][:batch])
+    lengths = torch.tensor([6, 3, 5, 4, 6, 2][:batch])
     return torch.randn(batch, 6, 5, generator=g, dtype=torch.float64), lengths
 
 
