@@ -389,7 +389,6 @@ class _Candidate(Side):
         super().__init__(module, inputs)
         self.map, self.kept, self.groups = replay.map, replay.kept, groups
         self.run.careful = replay.original.writes
-        self.number = {n.name: i for i, n in enumerate(self.nodes)}
         self.versions = {name: t._version for name, t in self.tensors.items()}
         cuts = [n.name for n in self.nodes if n.name in self.map.cuts]
         for name in reversed(cuts):

@@ -92,13 +92,15 @@ class Side:
         self.sizes = [samples_of(i) for i in inputs]
         self.tensors = named_tensors(module)
         self.nodes: list[fx.Node] = list(module.graph.nodes)
+        self.number = {n.name: i for i, n in enumerate(self.nodes)}
         self.at = 0
 
     def reach(self, name: str) -> None:
         """All inputs pass the nodes before the one of that name. Raises Cannot without one."""
-        if name not in {n.name for n in self.nodes[self.at :]}:
+        number = self.number.get(name, -1)
+        if number < self.at:
             raise Cannot("its node is not in both graphs at the same place")
-        while self.nodes[self.at].name != name:
+        while self.at < number:
             self.advance()
 
     def advance(self) -> None:
@@ -200,22 +202,22 @@ class Side:
 
         It is that of the reached node, or of the ``done``-th of them.
         """
-        by_name = {n.name: n for n in self.nodes[self.at :]}
-        node = by_name[chain[done - 1]] if done else self.nodes[self.at]
+        node = self._last(chain[:done])
         for name in chain[done:]:
-            value = self.run.attempt(by_name[name], i, {node: value})
-            node = by_name[name]
+            before, node = node, self.nodes[self.number[name]]
+            value = self.run.attempt(node, i, {before: value})
         return value
 
     def after(self, chain: Sequence[str]) -> str | None:
         """The only node that reads the last one of ``chain``, where all else that it reads ran."""
-        node = self.nodes[self.at]
-        by_name = {n.name: n for n in self.nodes[self.at :]}
-        for name in chain:
-            node = by_name[name]
+        node = self._last(chain)
         users = list(node.users)
         if len(users) != 1 or users[0].op == "output":
             return None
         others = [n for n in users[0].all_input_nodes if n is not node]
         ready = all(n in env for env in self.run.envs for n in others)
         return users[0].name if ready else None
+
+    def _last(self, chain: Sequence[str]) -> fx.Node:
+        """Of the nodes of a chain; the reached one where it is empty."""
+        return self.nodes[self.number[chain[-1]] if chain else self.at]

@@ -30,7 +30,7 @@ MIXED = (
     *("PartsFromData-number", "PartsFromData-tensor"),
 )
 NAMES = [n for n, c in CASES.items() if c.batch and c.free and n not in MIXED][3::16]
-NAMES += sorted({"Mixer", "PointwiseTokens", "PackedSentences"} - {*NAMES})  # rows differ by plan
+NAMES += sorted({"Mixer", "PointwiseTokens", "PackedSentences"} - {*NAMES})  # each was wrong once
 
 
 def part(plan: PrunePlan, share: float) -> PrunePlan:

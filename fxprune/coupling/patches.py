@@ -13,30 +13,14 @@ from fxprune.coupling.labels import Labels, varying
 from fxprune.coupling.rules import register
 
 
-@register("aten.pixel_shuffle")
-def _pixel_shuffle(
-    labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor
-) -> None:
-    dim = out.dim() - 3
-    fields = []
-    for f in labels.of(args[0]):
-        if varying(f) != {dim}:
-            labels.lock(f, "pixel shuffle over more than the channel dim")
-            continue
-        block = f.reshape(out.shape[dim], -1)
-        shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
-        fields.append(labels.merge(block, [1]).reshape(shape))
-    labels.put(out, fields)
-
-
-@register("aten.col2im")
+@register("aten.pixel_shuffle", "aten.col2im")
 def _fan_in(labels: Labels, func: Any, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
-    """[N, C * taps, L] -> [N, C, H, W]"""
+    """[N, C * taps, *] -> [N, C, H, W]"""
     dim = out.dim() - 3
     fields = []
     for f in labels.of(args[0]):
         if varying(f) != {dim}:
-            labels.lock(f, "folded over more than the channel dim")
+            labels.lock(f, "shuffled or folded over more than the channel dim")
             continue
         shape = [out.shape[dim] if d == dim else 1 for d in range(out.dim())]
         fields.append(labels.merge(f.reshape(out.shape[dim], -1), [1]).reshape(shape))
